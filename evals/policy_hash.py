@@ -1,0 +1,22 @@
+"""The hash that says which policy made a picture."""
+
+import hashlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def policy_hash(policy: "nn.Module") -> str:
+    """Return 32 hex digits over every weight of the policy (name, type, shape and bytes).
+
+    Two policies with the same hash paint the same pictures from the same seeds and settings.
+    """
+    import torch
+
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(policy.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(raw.numpy().tobytes())
+    return digest.hexdigest()

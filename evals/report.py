@@ -1,0 +1,200 @@
+"""Build a report: one self-contained folder that says whether a policy got better, and shows it."""
+
+import base64
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from common.atomic import write_text
+from common.errors import RunError
+from evals.compare import DIVERSITY, compare_all
+from evals.report_pictures import gallery
+from evals.results import ResultFolder, load_results
+from evals.suites import Metric
+from evals.training_curves import load_training
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+@dataclass(frozen=True)
+class SuitePart:
+    """Everything the templates need about the results of one suite, the baseline first."""
+
+    number: int
+    results: list[ResultFolder]
+    comparisons: list[dict[str, Any]]
+    pictures: dict[str, Any]
+
+    @property
+    def suite(self) -> dict[str, Any]:
+        """The suite's facts as recorded in the baseline."""
+        return dict(self.results[0].results["suite"])
+
+    @property
+    def metrics(self) -> dict[str, Metric]:
+        """The metrics, headline first."""
+        return self.results[0].metrics
+
+    @property
+    def headline(self) -> str:
+        """The name of the metric that decides."""
+        return next(iter(self.metrics))
+
+    @property
+    def tasks(self) -> list[str]:
+        """The tasks of all results in order of appearance."""
+        return list(dict.fromkeys(task for r in self.results for task in r.results["tasks"]))
+
+
+def build_report(
+    result_dirs: Sequence[Path | str],
+    out_dir: Path | str,
+    run_dir: Path | str | None = None,
+    *,
+    command: str | None = None,
+) -> Path:
+    """Write `out_dir`/report.html, report.md and images/, and return the path of report.html.
+
+    Results of one suite are compared with the first of that suite (the baseline). `run_dir` is a
+    training run whose metrics.jsonl is drawn. The folder opens without a network. An existing
+    report is replaced; a folder with anything else raises RunError, as do unreadable results.
+    """
+    if not result_dirs:
+        raise RunError(
+            "a report needs at least one result folder.\n    Fix: atelier report results/NAME"
+        )
+    out = Path(out_dir)
+    if out.is_dir() and any(out.iterdir()) and not (out / "report.html").is_file():
+        raise RunError(f"{out} holds other files.\n    Fix: give --out a new or an empty folder.")
+    groups: dict[str, list[ResultFolder]] = {}
+    for result in map(load_results, result_dirs):
+        groups.setdefault(result.suite, []).append(result)
+    training = load_training(Path(run_dir)) if run_dir is not None else None
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # Not `atomic_dir`: flushing ten thousand pictures takes a minute; a report can be rebuilt.
+    with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as folder:
+        temporary = Path(folder) / out.name
+        temporary.mkdir()
+        parts = [
+            SuitePart(
+                i, results, compare_all(results[0], results[1:]), gallery(results, i, temporary)
+            )
+            for i, results in enumerate(groups.values())
+        ]
+        facts = {
+            "parts": parts,
+            "training": training,
+            "created": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+            "command": command,
+            "diversity": DIVERSITY,
+        }
+        write_text(temporary / "report.html", render_html(facts))
+        write_text(temporary / "report.md", render_markdown(facts))
+        if out.is_dir():
+            shutil.rmtree(out)
+        temporary.replace(out)
+    return out / "report.html"
+
+
+def render_html(facts: Mapping[str, Any]) -> str:
+    """Return the page. Every value is escaped, and only the script of our own may run (CSP)."""
+    environment = _environment(autoescape=True)
+    script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return environment.get_template("report.html.j2").render(
+        **facts,
+        style=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
+        script=Markup(script),
+        script_hash=digest,
+    )
+
+
+def render_markdown(facts: Mapping[str, Any]) -> str:
+    """Return the same numbers as Markdown, without pictures."""
+    return _environment(autoescape=False).get_template("report.md.j2").render(**facts)
+
+
+def _environment(*, autoescape: bool) -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=autoescape,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {
+        "value": format_value,
+        "signed": format_signed,
+        "points": format_points,
+        "interval": format_interval,
+        "p": format_p,
+        "title_of": lambda task: str(task).replace("_", " "),
+        "json_block": json_block,
+        "md": markdown_text,
+        "duration": format_duration,
+    }
+    return environment
+
+
+def format_value(number: float | None, metric: Metric) -> str:
+    """Return a rate as "62.5 %" and an amount as "0.43"; a missing number as "not scored"."""
+    if number is None:
+        return "not scored"
+    return f"{100 * number:.1f}\u2009%" if metric.kind == "rate" else f"{number:.3f}"
+
+
+def format_signed(number: float, metric: Metric) -> str:
+    """Return a difference with its sign, a rate's in percentage points, with a true minus."""
+    text = f"{100 * number:+.1f}" if metric.kind == "rate" else f"{number:+.3f}"
+    return text.replace("-", "\u2212")
+
+
+def format_points(size: float, metric: Metric) -> str:
+    """Return the size of a difference without its sign, in the unit of `format_signed`."""
+    return f"{100 * size:.1f}" if metric.kind == "rate" else f"{size:.3f}"
+
+
+def format_interval(entry: Mapping[str, Any], metric: Metric) -> str:
+    """Return "[low, high]" in the unit of `format_signed`, or why there is none."""
+    if entry["low"] is None:
+        return "too few prompts"
+    return f"[{format_signed(entry['low'], metric)}, {format_signed(entry['high'], metric)}]"
+
+
+def format_p(p_value: float) -> str:
+    """Return a p-value with three digits, "< 0.001" below that."""
+    return "< 0.001" if p_value < 0.001 else f"{p_value:.3f}"
+
+
+def format_duration(seconds: float) -> str:
+    """Return seconds as "850 ms", "4.2 s" or "3 min 20 s"."""
+    if seconds < 0.001:
+        return "under 1 ms"
+    if seconds < 1:
+        return f"{1000 * seconds:.0f} ms"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    return f"{int(seconds // 60)} min {seconds % 60:.0f} s"
+
+
+def json_block(value: object) -> Markup:
+    """Return JSON that is safe inside a script element: no character can end it or open a tag."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    escaped = text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+    return Markup(escaped)
+
+
+def markdown_text(value: object) -> str:
+    """Return text that stays text in a Markdown table cell."""
+    text = " ".join(str(value).split()).replace("&", "&amp;").replace("<", "&lt;")
+    return "".join(f"\\{c}" if c in "\\`*_[]|#~" else c for c in text)

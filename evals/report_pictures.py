@@ -1,0 +1,96 @@
+"""The pictures of a report and the compact data that its gallery is drawn from."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from common.errors import RunError
+from evals.results import ResultFolder, Sample
+
+THUMBNAIL = 512
+"""Pictures wider or higher than this are stored at this size; smaller ones are copied untouched."""
+
+
+class _Table:
+    """Strings by number, so that a reason said a thousand times is stored once."""
+
+    def __init__(self) -> None:
+        self.numbers: dict[str, int] = {}
+
+    def number(self, text: str) -> int:
+        return self.numbers.setdefault(text, len(self.numbers))
+
+
+def gallery(results: Sequence[ResultFolder], group: int, out: Path) -> dict[str, Any]:
+    """Copy the pictures of a suite's results to `out`/images and return the gallery's data.
+
+    Only pictures that every result has are shown. Seed `i` of prompt number `p` in result `r` lies
+    at images/`group`-`r`/`p`-`i`.webp. The data holds `names`, `tasks`, `strings` and, for each
+    prompt, its text, task number and for each seed one cell a result: [value, reason, size, boxes].
+    Boxes are [label, left, top, right, bottom] in pixels; texts are numbers into `strings`.
+    """
+    by_key = [{(s["prompt_id"], s["index"]): s for s in result.samples} for result in results]
+    rows: dict[str, list[list[Sample]]] = {}
+    for key in by_key[0]:
+        if all(key in samples for samples in by_key):
+            rows.setdefault(key[0], []).append([samples[key] for samples in by_key])
+    for column in range(len(results)):
+        (out / "images" / f"{group}-{column}").mkdir(parents=True)
+    headline = next(iter(results[0].metrics))
+    strings, tasks = _Table(), _Table()
+    prompts = []
+    for number, seeds in enumerate(rows.values()):
+        for i, cells in enumerate(seeds):
+            for column, (result, sample) in enumerate(zip(results, cells, strict=True)):
+                target = out / "images" / f"{group}-{column}" / f"{number}-{i}.webp"
+                _store(result.path / sample["image"], target)
+        first = seeds[0][0]
+        prompts.append(
+            {
+                "prompt": first["prompt"],
+                "task": tasks.number(first["task"]),
+                "seeds": [[_cell(sample, headline, strings) for sample in row] for row in seeds],
+            }
+        )
+    return {
+        "group": group,
+        "names": [result.name for result in results],
+        "tasks": list(tasks.numbers),
+        "strings": list(strings.numbers),
+        "better": results[0].metrics[headline].better,
+        "prompts": prompts,
+    }
+
+
+def _cell(sample: Sample, headline: str, strings: _Table) -> list[Any]:
+    details = sample["details"]
+    boxes = [
+        [
+            strings.number(" ".join(filter(None, [item.get("color"), item["label"]]))),
+            *(round(edge, 1) for edge in item["box"]),
+        ]
+        for item in details.get("objects", [])
+    ]
+    value = sample["values"][headline]
+    return [
+        None if value is None else round(value, 4),
+        strings.number(sample["reason"]),
+        details.get("size"),
+        boxes,
+    ]
+
+
+def _store(source: Path, target: Path) -> None:
+    if not source.is_file():
+        raise RunError(
+            f"the picture {source} is gone.\n    Fix: run the same `atelier eval` again."
+        )
+    with Image.open(source) as image:
+        if max(image.size) > THUMBNAIL:
+            image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+            image.convert("RGB").save(target, format="WEBP", quality=85)
+            return
+    shutil.copyfile(source, target)

@@ -1,0 +1,163 @@
+"""The result folder of one evaluation: its versioned schema, its summary and how it is read back.
+
+results/NAME/
+    settings.json    what identifies the evaluation (policy hash, suite, prompts, sampling)
+    samples.jsonl    one row for each picture, appended as pictures are made
+    images/*.webp    the pictures, lossless
+    results.json     the summary, written at the end
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from common.errors import RunError
+from common.journal import read_journal
+from common.statistics import Estimate, mean_interval
+from evals.diversity import prompt_diversity
+from evals.suites import Metric
+
+SCHEMA = "atelier.results/1"
+RESULTS, SETTINGS, SAMPLES, IMAGES = "results.json", "settings.json", "samples.jsonl", "images"
+
+Sample = dict[str, Any]
+"""A row of samples.jsonl: prompt_id, index, prompt, task, seed, image (its path in the
+folder), bytes (its size), values, reason, details, seconds {generate, score}."""
+
+
+@dataclass(frozen=True)
+class ResultFolder:
+    """A finished evaluation: where it lies, its summary and its samples in order."""
+
+    path: Path
+    results: dict[str, Any]
+    samples: list[Sample]
+
+    @property
+    def name(self) -> str:
+        """The name shown in reports."""
+        return str(self.results["policy"]["name"])
+
+    @property
+    def suite(self) -> str:
+        """The suite's name."""
+        return str(self.results["suite"]["name"])
+
+    @property
+    def metrics(self) -> dict[str, Metric]:
+        """The suite's metrics, headline first."""
+        return {name: Metric(**facts) for name, facts in self.results["suite"]["metrics"].items()}
+
+
+def load_results(path: Path | str) -> ResultFolder:
+    """Read a result folder.
+
+    Raises RunError if it is missing, unfinished, of another schema, or its samples do not add up.
+    """
+    folder = Path(path)
+    file = folder / RESULTS
+    if not file.is_file():
+        if (folder / SAMPLES).is_file():
+            fix = "it was not finished, run the same `atelier eval` again to go on."
+        else:
+            fix = "give a folder that `atelier eval ... --out` wrote."
+        raise RunError(f"{folder} has no {RESULTS}.\n    Fix: {fix}")
+    try:
+        results = json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise RunError(
+            f"{file} is damaged ({error}).\n    Fix: run `atelier eval` again."
+        ) from error
+    if results.get("schema") != SCHEMA:
+        raise RunError(
+            f"{file} has schema {results.get('schema')!r}, this version reads {SCHEMA!r}.\n"
+            "    Fix: evaluate again with this version."
+        )
+    samples = list(read_samples(folder).values())
+    if len(samples) != results["images"]:
+        raise RunError(
+            f"{folder / SAMPLES} holds {len(samples)} samples, {RESULTS} counts "
+            f"{results['images']}.\n    Fix: run the same `atelier eval` again."
+        )
+    return ResultFolder(folder, results, samples)
+
+
+def read_samples(folder: Path) -> dict[tuple[str, int], Sample]:
+    """Return the rows of samples.jsonl by (prompt_id, index); of a repeated one the last."""
+    return {(row["prompt_id"], row["index"]): row for row in read_journal(folder / SAMPLES)}
+
+
+def summarise(samples: Sequence[Sample], metrics: Mapping[str, Metric]) -> dict[str, Any]:
+    """Return per-task and overall means with 95 % intervals, unscored counts and diversity.
+
+    `overall` is the unweighted mean over tasks (GenEval's convention). A metric that no sample of
+    a task has is null there, and null overall.
+    """
+    tasks = list(dict.fromkeys(sample["task"] for sample in samples))
+    of_task = {task: [s for s in samples if s["task"] == task] for task in tasks}
+    diversity = diversity_by_prompt(samples)
+    task_of_prompt = {sample["prompt_id"]: sample["task"] for sample in samples}
+    return {
+        "tasks": {
+            task: {
+                "prompts": len({s["prompt_id"] for s in rows}),
+                "images": len(rows),
+                "metrics": {name: _summary(rows, name, by_task=False) for name in metrics},
+                "unscored": {name: count_unscored(rows, name) for name in metrics},
+            }
+            for task, rows in of_task.items()
+        },
+        "overall": {
+            name: _summary(samples, name, by_task=True)
+            if all(count_unscored(rows, name) < len(rows) for rows in of_task.values())
+            else None
+            for name in metrics
+        },
+        "unscored": {name: count_unscored(samples, name) for name in metrics},
+        "layout_diversity": estimate_dict(
+            mean_interval(
+                list(diversity.values()),
+                list(diversity),
+                [task_of_prompt[prompt] for prompt in diversity],
+            )
+        )
+        if diversity
+        else None,
+    }
+
+
+def diversity_by_prompt(samples: Sequence[Sample]) -> dict[str, float]:
+    """Return the layout diversity of each prompt that has one (see `evals.diversity`)."""
+    pictures: dict[str, list[dict[str, Any]]] = {}
+    for sample in samples:
+        pictures.setdefault(sample["prompt_id"], []).append(sample["details"])
+    found = {prompt: prompt_diversity(details) for prompt, details in pictures.items()}
+    return {prompt: value for prompt, value in found.items() if value is not None}
+
+
+def count_unscored(samples: Sequence[Sample], metric: str) -> int:
+    """Return how many samples have no value for the metric."""
+    return sum(sample["values"].get(metric) is None for sample in samples)
+
+
+def estimate_dict(estimate: Estimate) -> dict[str, Any]:
+    """Return an estimate as plain JSON values, rounded to six places."""
+    return {
+        name: round(value, 6) if isinstance(value, float) else value
+        for name, value in asdict(estimate).items()
+    }
+
+
+def _summary(samples: Sequence[Sample], metric: str, *, by_task: bool) -> dict[str, Any] | None:
+    scored = [s for s in samples if s["values"].get(metric) is not None]
+    if not scored:
+        return None
+    return estimate_dict(
+        mean_interval(
+            [s["values"][metric] for s in scored],
+            [s["prompt_id"] for s in scored],
+            [s["task"] for s in scored] if by_task else None,
+        )
+    )

@@ -1,0 +1,271 @@
+"""Evaluate a policy on a suite: make pictures, score them, write a result folder.
+
+Every picture has its own seed, made of the suite, the prompt and the sample's index alone, so two
+policies draw the same random numbers, and a run that was cut off goes on where it stopped.
+"""
+
+import hashlib
+import io
+import json
+import os
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+from PIL import Image
+
+from common.atomic import write_text
+from common.errors import AtelierError, RunError
+from common.journal import Journal
+from common.progress import Progress, SilentProgress
+from common.seeds import counter_seed
+from evals.environment import environment
+from evals.policy_hash import policy_hash
+from evals.results import (
+    IMAGES,
+    RESULTS,
+    SAMPLES,
+    SCHEMA,
+    SETTINGS,
+    Sample,
+    read_samples,
+    summarise,
+)
+from evals.suites import Record, SampleScore, Suite, load_suite, task_of
+
+_SAMPLING = ("limit", "seeds", "temperature", "steps", "guidance")
+
+
+class ImagePolicy(Protocol):
+    """What evaluation needs of a policy (`policy.Policy` has it)."""
+
+    config: Any
+    """Holds the default `steps` and `guidance`."""
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        steps: int,
+        guidance: float,
+        temperature: float,
+        seeds: Sequence[int],
+    ) -> list[Image.Image]:
+        """Return one picture for each prompt, each drawn with its own seed."""
+
+
+def sample_seed(suite: str, prompt_id: str, index: int) -> int:
+    """Return the seed of one picture; it does not depend on the policy or on how it is sampled."""
+    return counter_seed(0, "evaluation", suite, prompt_id, index)
+
+
+def evaluate(
+    policy: ImagePolicy,
+    suite: Suite | str,
+    out_dir: Path | str,
+    *,
+    seeds: int = 4,
+    temperature: float = 1.0,
+    steps: int | None = None,
+    guidance: float | None = None,
+    limit: int | None = None,
+    batch_size: int = 64,
+    progress: Progress | None = None,
+    name: str | None = None,
+    weights: str | None = None,
+    command: str | None = None,
+) -> dict[str, Any]:
+    """Make and score `seeds` pictures for each prompt, and return what results.json holds.
+
+    `limit` is a number of prompts (tasks take turns). `name` is shown in reports and is the
+    folder's name by default; `weights` is the policy's hash if it is already known; `command` is
+    recorded. An existing folder of the same evaluation is continued, picture by picture, or
+    returned as it is when complete; a folder of another one (other policy hash, suite, prompts or
+    sampling) raises RunError naming what differs.
+    A sample whose scorer fails has None values and the reason, and is counted as unscored.
+    """
+    suite = (load_suite(suite) if isinstance(suite, str) else suite).limited(limit)
+    progress = progress or SilentProgress()
+    out = Path(out_dir)
+    identity = {
+        "policy_hash": weights or policy_hash(policy),  # type: ignore[arg-type]
+        "suite": suite.name,
+        "suite_version": suite.version,
+        "prompts": _prompts_hash(suite.records),
+        "limit": limit,
+        "seeds": seeds,
+        "temperature": temperature,
+        "steps": policy.config.steps if steps is None else steps,
+        "guidance": policy.config.guidance if guidance is None else guidance,
+    }
+    _claim(out, identity)
+    done = _finished_samples(out)
+    wanted = [(record, index) for record in suite.records for index in range(seeds)]
+    pending = [(r, i) for r, i in wanted if (r["prompt_id"], i) not in done]
+    if not pending and (out / RESULTS).is_file():
+        progress.line(f"{out} is complete: nothing to generate")
+        return dict(json.loads((out / RESULTS).read_text(encoding="utf-8")))
+
+    task = f"eval {suite.name}"
+    progress.start(task, len(wanted))
+    progress.advance(task, len(done))
+    Journal(out / SAMPLES)  # cuts off a row torn by a kill, before rows are added
+    for start in range(0, len(pending), batch_size):
+        batch = pending[start : start + batch_size]
+        rows = _sample_batch(policy, suite, batch, identity, out)
+        _append(out / SAMPLES, rows)
+        done |= {(row["prompt_id"], row["index"]): row for row in rows}
+        progress.advance(task, len(batch))
+    progress.finish(task)
+
+    samples = [done[record["prompt_id"], index] for record, index in wanted]
+    results = {
+        "schema": SCHEMA,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "policy": {"name": name or out.name, "hash": identity["policy_hash"]},
+        **_suite_facts(suite),
+        "settings": {key: identity[key] for key in _SAMPLING},
+        "images": len(samples),
+        **summarise(samples, suite.metrics),
+        "seconds": {
+            stage: round(sum(sample["seconds"][stage] for sample in samples), 3)
+            for stage in ("generate", "score")
+        },
+        "command": command,
+        "environment": environment(),
+    }
+    write_text(out / RESULTS, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    return results
+
+
+def _suite_facts(suite: Suite) -> dict[str, Any]:
+    return {
+        "suite": {
+            "name": suite.name,
+            "title": suite.title,
+            "version": suite.version,
+            "not_comparable": suite.not_comparable,
+            "metrics": {key: asdict(metric) for key, metric in suite.metrics.items()},
+        },
+        "prompts": len(suite.records),
+    }
+
+
+def _prompts_hash(records: Sequence[Record]) -> str:
+    text = json.dumps([dict(record) for record in records], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _claim(out: Path, identity: dict[str, Any]) -> None:
+    """Write what identifies this evaluation, or check that the folder belongs to the same one."""
+    file = out / SETTINGS
+    if not file.exists():
+        if out.is_dir() and any(out.iterdir()):
+            raise RunError(
+                f"{out} holds other files.\n    Fix: give --out a new or an empty folder."
+            )
+        (out / IMAGES).mkdir(parents=True, exist_ok=True)
+        write_text(file, json.dumps(identity, indent=2) + "\n")
+        return
+    try:
+        before = json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise RunError(
+            f"{file} is damaged ({error}).\n    Fix: give --out a new folder."
+        ) from error
+    differing = [
+        f"{key} is {before.get(key)!r} there and {identity.get(key)!r} now"
+        for key in sorted({*before, *identity})
+        if before.get(key) != identity.get(key)
+    ]
+    if differing:
+        raise RunError(
+            f"{out} holds another evaluation: {'; '.join(differing)}.\n"
+            "    Fix: give --out another folder."
+        )
+
+
+def _finished_samples(out: Path) -> dict[tuple[str, int], Sample]:
+    """Return the samples whose row and whole picture are both on disk."""
+    return {
+        key: row
+        for key, row in read_samples(out).items()
+        if (image := out / row["image"]).is_file() and image.stat().st_size == row["bytes"]
+    }
+
+
+def _append(file: Path, rows: Sequence[Sample]) -> None:
+    """Add a batch's rows with one flush to the disk: one a row would take longer than painting."""
+    text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+    with file.open("ab") as stream:
+        stream.write(text.encode())
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _sample_batch(
+    policy: ImagePolicy,
+    suite: Suite,
+    batch: Sequence[tuple[Record, int]],
+    identity: dict[str, Any],
+    out: Path,
+) -> list[Sample]:
+    seeds = [sample_seed(suite.name, record["prompt_id"], index) for record, index in batch]
+    started = time.perf_counter()
+    images = policy.generate(
+        [record["prompt"] for record, _ in batch],
+        steps=identity["steps"],
+        guidance=identity["guidance"],
+        temperature=identity["temperature"],
+        seeds=seeds,
+    )
+    generating = (time.perf_counter() - started) / len(batch)
+    rows = []
+    for (record, index), seed, image in zip(batch, seeds, images, strict=True):
+        path = f"{IMAGES}/{_file_name(record['prompt_id'], index)}"
+        data = _webp(image)
+        # Not flushed: a picture cut short by a power cut has another size than its row says.
+        (out / path).write_bytes(data)
+        started = time.perf_counter()
+        score = _score(suite, image, record)
+        rows.append(
+            {
+                "prompt_id": record["prompt_id"],
+                "index": index,
+                "prompt": record["prompt"],
+                "task": task_of(record),
+                "seed": seed,
+                "image": path,
+                "bytes": len(data),
+                **asdict(score),
+                "seconds": {
+                    "generate": round(generating, 6),
+                    "score": round(time.perf_counter() - started, 6),
+                },
+            }
+        )
+    return rows
+
+
+def _score(suite: Suite, image: Image.Image, record: Record) -> SampleScore:
+    try:
+        return suite.score(image, record)
+    except AtelierError as error:
+        return SampleScore(dict.fromkeys(suite.metrics), f"could not be scored: {error}")
+
+
+def _file_name(prompt_id: str, index: int) -> str:
+    """A readable file name that no two prompts share and that every file system takes."""
+    readable = re.sub(r"[^A-Za-z0-9]+", "-", prompt_id).strip("-")[:60]
+    digest = hashlib.blake2b(prompt_id.encode(), digest_size=4).hexdigest()
+    return f"{readable}-{digest}-{index:02d}.webp"
+
+
+def _webp(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.convert("RGB").save(buffer, format="WEBP", lossless=True, quality=70, method=2)
+    return buffer.getvalue()

@@ -1,0 +1,51 @@
+"""The registry of benchmark suites. A suite's module is imported when the suite is first loaded."""
+
+from collections.abc import Callable
+
+from common.registry import Registry
+from evals.suites.suite import Metric, Record, SampleScore, Suite, task_of
+
+__all__ = [
+    "Metric",
+    "Record",
+    "SampleScore",
+    "Suite",
+    "list_suites",
+    "load_suite",
+    "register_suite",
+    "task_of",
+]
+
+SuiteBuilder = Callable[[], Suite]
+
+_suites = Registry("suite", group="atelier.suites")
+_suites.add("geneval-scenes", "evals.suites.geneval_scenes:geneval_scenes")
+_suites.add("ocr-scenes", "evals.suites.ocr_scenes:ocr_scenes")
+
+
+def register_suite(name: str) -> Callable[[SuiteBuilder], SuiteBuilder]:
+    """Make a function that builds a suite known under `name` (decorator).
+
+    Packages offer theirs through the entry-point group `atelier.suites` instead. Raises
+    AtelierError if the name is taken.
+    """
+
+    def register(builder: SuiteBuilder) -> SuiteBuilder:
+        _suites.add(name, builder)
+        return builder
+
+    return register
+
+
+def list_suites() -> list[str]:
+    """Return the names of all suites that can be loaded, sorted."""
+    return _suites.names()
+
+
+def load_suite(name: str, limit: int | None = None) -> Suite:
+    """Build a suite, with at most `limit` prompts (tasks take turns).
+
+    Raises AtelierError for an unknown name, naming the nearest one.
+    """
+    suite: Suite = _suites.get(name)()
+    return suite.limited(limit)

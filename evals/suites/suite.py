@@ -1,0 +1,83 @@
+"""What a benchmark suite is: prompts, a scorer for one picture, and what its numbers mean."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from PIL import Image
+
+Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How one value of a sample is named and read.
+
+    `kind` is "rate" (in [0, 1], shown in per cent) or "amount" (shown as it is).
+    """
+
+    label: str
+    kind: Literal["rate", "amount"] = "rate"
+    better: Literal["higher", "lower"] = "higher"
+
+
+@dataclass(frozen=True)
+class SampleScore:
+    """What the scorer says about one picture.
+
+    `values` holds one number for each metric of the suite, None where it could not be scored, never
+    0 instead. `reason` explains the headline value. `details` is JSON; where objects were located
+    it has "objects": a list of {"label", "color", "score", "box": [left, top, right,
+    bottom]} in pixels and "size": [width, height].
+    """
+
+    values: dict[str, float | None]
+    reason: str
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A benchmark: prompt records, the scorer, and its metrics with the headline first.
+
+    `not_comparable` says why the numbers must not be put beside a published leaderboard; None
+    where they may. Raise `version` whenever prompts or rules change: results of different versions
+    are never compared.
+    """
+
+    name: str
+    title: str
+    version: int
+    records: tuple[Record, ...]
+    score: Callable[[Image.Image, Record], SampleScore]
+    metrics: Mapping[str, Metric]
+    not_comparable: str | None
+
+    @property
+    def headline(self) -> str:
+        """Name of the metric that comparisons are decided on."""
+        return next(iter(self.metrics))
+
+    def limited(self, limit: int | None) -> "Suite":
+        """Return the suite with at most `limit` prompts, the tasks taking turns.
+
+        A smaller limit's prompts are always among a larger one's.
+        """
+        if limit is None or limit >= len(self.records):
+            return self
+        by_task: dict[str, list[Record]] = {}
+        for record in self.records:
+            by_task.setdefault(task_of(record), []).append(record)
+        turns = max(len(records) for records in by_task.values())
+        in_turn = [
+            records[turn]
+            for turn in range(turns)
+            for records in by_task.values()
+            if turn < len(records)
+        ]
+        return replace(self, records=tuple(in_turn[:limit]))
+
+
+def task_of(record: Record) -> str:
+    """Return the task that a prompt belongs to (GenEval's tag)."""
+    return str(record["metadata"]["tag"])

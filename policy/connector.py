@@ -1,0 +1,41 @@
+"""The connector between hidden states of the language model and the diffusion head."""
+
+import torch
+from torch import Tensor, nn
+
+
+class ConnectorNorm(nn.Module):
+    """RMS norm with the published start: every weight is the square root of 5.5."""
+
+    def __init__(self, width: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((width,), 5.5**0.5))
+        self.eps = eps
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Normalise the last dimension in float32 and scale."""
+        wide = states.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return wide.to(states.dtype) * self.weight
+
+
+class Connector(nn.Sequential):
+    """Linear - GELU(tanh) - Linear - RMSNorm (published code, `blip3o_arch.py:31-41`).
+
+    With `positions` > 0 a learned vector per row is added to the result, so that a small head
+    knows which cell of the picture a row speaks of; the published model has none.
+    """
+
+    def __init__(self, hidden_size: int, width: int, positions: int = 0) -> None:
+        super().__init__(
+            nn.Linear(hidden_size, width),
+            nn.GELU(approximate="tanh"),
+            nn.Linear(width, width),
+            ConnectorNorm(width),
+        )
+        self.position = nn.Parameter(torch.zeros(positions, width)) if positions else None
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map hidden states [B, R, hidden] to conditions [B, R, width]."""
+        conditions = super().forward(input)
+        return conditions if self.position is None else conditions + self.position

@@ -1,0 +1,33 @@
+"""Keep the model libraries from drawing bars and chatting over the caller's own output."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_LOGGERS = ("transformers", "diffusers", "accelerate", "peft", "trl")
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Inside, the Hugging Face libraries report errors only and draw no bars; then as before.
+
+    Warnings raised through `warnings` and the output of everybody else pass.
+    """
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    libraries = (transformers_logging, diffusers_logging)
+    bars = [library.is_progress_bar_enabled() for library in libraries]
+    levels = {name: logging.getLogger(name).level for name in _LOGGERS}
+    for library in libraries:
+        library.disable_progress_bar()
+    for name in _LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for library, enabled in zip(libraries, bars, strict=True):
+            if enabled:
+                library.enable_progress_bar()
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)

@@ -1,0 +1,269 @@
+"""The `grpo` recipe: reinforcement learning of the autoregressive model from image rewards."""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, Strict, model_validator
+from pydantic_core import PydanticCustomError
+
+from recipes.schema_common import (
+    Device,
+    Dtype,
+    Header,
+    LogSection,
+    OptimizerSection,
+    SaveSection,
+    SceneTask,
+    Section,
+    TextPath,
+    Texts,
+)
+
+SCENE_TASKS: tuple[str, ...] = SceneTask.__args__  # type: ignore[attr-defined]
+
+
+class LoraSection(Section):
+    """Low-rank adapters: the base stays frozen and is the KL reference with the adapter off."""
+
+    rank: Annotated[int, Field(ge=1, le=1024, description="Rank of each adapter.")] = 16
+    alpha: Annotated[
+        float, Field(gt=0, description="Scale of the adapter; its output is times alpha / rank.")
+    ] = 32.0
+    dropout: Annotated[
+        float, Field(ge=0, lt=1, description="Probability of dropping an adapter input.")
+    ] = 0.0
+    targets: Annotated[
+        Texts,
+        Field(min_length=1, description="Names of the linear layers that get an adapter."),
+    ] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class PolicySection(Section):
+    """The policy that is trained."""
+
+    path: Annotated[
+        TextPath,
+        Field(description="`base` for the policy shipped with the package, or a policy folder."),
+    ] = "base"
+    dtype: Annotated[Dtype, Field(description="Number format of weights and activations.")] = (
+        "float32"
+    )
+    device: Annotated[Device, Field(description="auto = cuda where there is a GPU, else cpu.")] = (
+        "auto"
+    )
+    lora: Annotated[
+        LoraSection | None,
+        Field(description="Adapters to train; null = train all weights of the AR model."),
+    ] = LoraSection()
+
+
+class PromptsSection(Section):
+    """What the policy is asked to draw."""
+
+    source: Annotated[
+        TextPath,
+        Field(
+            pattern=r"^scenes$|.\.jsonl$",
+            description="`scenes` for the scene world, or a .jsonl file of prompt records.",
+        ),
+    ] = "scenes"
+    split: Annotated[
+        Literal["train", "tune"],
+        Field(
+            description="Part of the scene world's prompts; held_out is kept for evaluation. "
+            "A file is used whole."
+        ),
+    ] = "train"
+    tasks: Annotated[
+        dict[str, Annotated[float, Field(ge=0)]] | None,
+        Field(
+            min_length=1,
+            description="Task -> how often it is drawn, relative to the others (0 = never); "
+            "null = GenEval's six tasks alike, or all records of the file.",
+        ),
+    ] = None
+
+    @model_validator(mode="after")
+    def _known_tasks(self) -> Self:
+        if self.tasks is not None and not any(self.tasks.values()):
+            raise cross_error("tasks", "Every task has weight 0.", "give one a weight above 0.")
+        for task in self.tasks or () if self.source == "scenes" else ():
+            if task not in SCENE_TASKS:
+                raise cross_error(
+                    f"tasks.{task}",
+                    f"The scene world has no task `{task}`.",
+                    f"use one of: {', '.join(SCENE_TASKS)}.",
+                )
+        return self
+
+
+class RolloutSection(Section):
+    """How image tokens are sampled."""
+
+    engine: Annotated[
+        Literal["transformers", "vllm"], Field(description="Engine that samples image tokens.")
+    ] = "transformers"
+    group_size: Annotated[
+        int, Field(ge=2, le=4096, description="Images per prompt, compared with one another.")
+    ] = 12
+    prompts_per_step: Annotated[
+        int, Field(ge=1, le=65536, description="Prompts per optimizer step.")
+    ] = 12
+    temperature: Annotated[
+        float, Field(gt=0, le=10, description="Sampling temperature; 1 = the model as it is.")
+    ] = 1.0
+    top_k: Annotated[
+        int, Field(ge=0, description="Sample from the k likeliest tokens; 0 = from all.")
+    ] = 0
+    top_p: Annotated[
+        float, Field(gt=0, le=1, description="Sample from this much probability; 1 = from all.")
+    ] = 1.0
+
+
+class DecodeEvalSection(Section):
+    """How tokens become pixels."""
+
+    steps: Annotated[int, Field(ge=1, le=1000, description="Euler steps of the flow.")] = 6
+    guidance: Annotated[
+        float, Field(ge=0, le=50, description="Classifier-free guidance; 1 = none, half the cost.")
+    ] = 1.5
+
+
+class DecodeTrainSection(DecodeEvalSection):
+    """How tokens become pixels during training."""
+
+    noise: Annotated[
+        Literal["shared_in_group", "per_sample"],
+        Field(
+            description="Whether the images of one prompt start from the same noise, so that "
+            "a difference in reward comes from the tokens."
+        ),
+    ] = "shared_in_group"
+
+
+class DecodeSection(Section):
+    """Training may decode more cheaply than evaluation."""
+
+    train: Annotated[DecodeTrainSection, Field(description="Decoding for the reward.")] = (
+        DecodeTrainSection()
+    )
+    eval: Annotated[DecodeEvalSection, Field(description="Decoding for evaluation.")] = (
+        DecodeEvalSection()
+    )
+
+
+class RewardFunction(Section):
+    """One reward and its share."""
+
+    use: Annotated[
+        str,
+        Field(min_length=1, description="Name of a reward (`atelier ls rewards`) or file.py:name."),
+    ]
+    weight: Annotated[float, Field(description="Factor on this reward in the sum; not 0.")] = 1.0
+    args: Annotated[
+        dict[str, Any], Field(description="Arguments passed to the reward by name.")
+    ] = Field(default_factory=dict)
+    timeout_s: Annotated[
+        float, Field(gt=0, description="Seconds for one batch; later scores count as missing.")
+    ] = 60.0
+
+    @model_validator(mode="after")
+    def _counts(self) -> Self:
+        if self.weight == 0:
+            raise cross_error("weight", "A weight of 0 has no effect.", "remove the reward.")
+        return self
+
+
+class RewardsSection(Section):
+    """What is good."""
+
+    functions: Annotated[
+        tuple[RewardFunction, ...],
+        Strict(False),
+        Field(min_length=1, description="Rewards; an image's reward is their weighted sum."),
+    ]
+
+
+class AlgorithmSection(Section):
+    """The GRPO loss."""
+
+    beta: Annotated[
+        float, Field(ge=0, le=10, description="Weight of the KL term against the start policy.")
+    ] = 0.0
+    clip_low: Annotated[
+        float, Field(gt=0, lt=1, description="Ratios are clipped below 1 - clip_low.")
+    ] = 0.2
+    clip_high: Annotated[
+        float, Field(gt=0, le=10, description="Ratios are clipped above 1 + clip_high.")
+    ] = 0.2
+    advantage_scale: Annotated[
+        Literal["group", "none"],
+        Field(description="Divide by the group's standard deviation, or not."),
+    ] = "group"
+    drop_zero_variance: Annotated[
+        bool, Field(description="Leave out groups whose images all have the same reward.")
+    ] = True
+    importance_cap: Annotated[
+        float | None,
+        Field(
+            ge=1,
+            description="Largest per-token ratio between trainer and engine; null = no correction.",
+        ),
+    ] = 2.0
+
+
+class TrainSection(OptimizerSection):
+    """The optimizer, one update a step."""
+
+    micro_batch: Annotated[
+        int | None, Field(ge=1, description="Images per backward pass; null = a step at once.")
+    ] = None
+
+
+class EvalsSection(Section):
+    """Evaluation on held-out prompts during training."""
+
+    every: Annotated[int, Field(ge=0, description="Steps between two evaluations; 0 = none.")] = 10
+    suite: Annotated[
+        str, Field(min_length=1, description="Benchmark suite (`atelier ls suites`).")
+    ] = "geneval-scenes"
+    limit: Annotated[
+        int | None, Field(ge=1, description="Prompts per evaluation; null = the whole suite.")
+    ] = 60
+
+
+class GrpoRecipe(Header):
+    """Group relative policy optimization (GRPO) from image rewards."""
+
+    kind: Annotated[Literal["grpo"], Field(description="What this recipe does.")]
+    policy: Annotated[PolicySection, Field(description="Policy that is trained.")] = PolicySection()
+    prompts: Annotated[PromptsSection, Field(description="Prompts it is trained on.")] = (
+        PromptsSection()
+    )
+    rollout: Annotated[RolloutSection, Field(description="Sampling of image tokens.")] = (
+        RolloutSection()
+    )
+    decode: Annotated[DecodeSection, Field(description="Tokens to pixels.")] = DecodeSection()
+    rewards: Annotated[RewardsSection, Field(description="What is good.")]
+    algorithm: Annotated[AlgorithmSection, Field(description="The loss.")] = AlgorithmSection()
+    train: Annotated[TrainSection, Field(description="The optimizer.")]
+    evals: Annotated[EvalsSection, Field(description="Held-out evaluation.")] = EvalsSection()
+    save: Annotated[SaveSection, Field(description="Checkpoints.")] = SaveSection()
+    log: Annotated[LogSection, Field(description="Trackers.")] = LogSection()
+
+    @model_validator(mode="after")
+    def _whole_batches(self) -> Self:
+        images = self.rollout.group_size * self.rollout.prompts_per_step
+        if self.train.micro_batch and images % self.train.micro_batch:
+            raise cross_error(
+                "train.micro_batch",
+                f"A step has {images} images (group_size x prompts_per_step), which "
+                f"{self.train.micro_batch} does not divide.",
+                f"use a divisor of {images}.",
+            )
+        return self
+
+
+def cross_error(key: str, message: str, fix: str) -> PydanticCustomError:
+    """Return an error about `key` (dotted, from this section on) that the loader can explain."""
+    context = {"key": key, "message": message, "fix": fix}
+    return PydanticCustomError("cross_field", "{message}", context)

@@ -1,0 +1,128 @@
+"""The contract of a reward function, and the object that calls one with the columns it asks for."""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from PIL import Image
+
+from common.errors import RewardError
+from common.registry import nearest
+
+_GIVEN = ("images", "prompts", "completions")
+_NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a reward says about one picture when a bare number is not enough.
+
+    `value` None means that the picture could not be scored, and `reason` then says why; with a
+    value, `reason` explains it. `details` is JSON for reports: where objects were located it has
+    "objects", a list of {"label", "color", "score", "box": [left, top, right, bottom]} in pixels,
+    and "size": [width, height].
+    """
+
+    value: float | None
+    reason: str = ""
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+RecordCheck = Callable[..., None]
+"""check(record, **args): raises RewardError if the reward cannot score this prompt record. Of the
+reward's arguments it gets those that it declares."""
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What the `reward` decorator says about a function.
+
+    `whole_batch`: scores depend on the other pictures of the call, so the batch is never split.
+    """
+
+    name: str
+    check: RecordCheck | None = None
+    whole_batch: bool = False
+
+
+class RewardFunction:
+    """A reward function with its arguments bound.
+
+    Calling it passes `images`, `prompts` and those columns that the function declares by name; a
+    function with `**columns` gets all of them. A function that declares `completions` (TRL's
+    contract) gets the pictures there unless the caller has a column of that name.
+    """
+
+    def __init__(
+        self, function: Callable[..., Any], traits: Traits, args: Mapping[str, Any]
+    ) -> None:
+        self.function = function
+        self.name = traits.name
+        self.whole_batch = traits.whole_batch
+        self._check = traits.check
+        self._args = dict(args)
+        parameters = inspect.signature(function).parameters
+        named = {name: p for name, p in parameters.items() if p.kind in _NAMED}
+        self._declared = set(named)
+        self._takes_all = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
+        self._refuse_unknown_args()
+        self._refuse_positional(parameters)
+        self.required_columns = tuple(
+            name
+            for name, p in named.items()
+            if p.default is p.empty and name not in self._args and name not in _GIVEN
+        )
+        """Columns without which the function cannot be called."""
+
+    def __call__(
+        self, images: Sequence[Image.Image], prompts: Sequence[str], **columns: Sequence[Any]
+    ) -> Any:
+        """Return what the function returns: one score for each picture, or an awaitable of it.
+
+        Raises RewardError if a column is missing that the function needs.
+        """
+        missing = [name for name in self.required_columns if name not in columns]
+        if missing:
+            raise RewardError(
+                f"reward `{self.name}` needs the column `{missing[0]}`, which the prompt records "
+                f"lack (they have {', '.join(sorted(columns)) or 'none'}). Fix: add it to the "
+                "records or give it under `args`."
+            )
+        available = {"completions": images, **columns, "images": images, "prompts": prompts}
+        if self._takes_all:
+            wanted = set(available) - ({"completions"} - self._declared - set(columns))
+        else:
+            wanted = self._declared & set(available)
+        chosen = {name: available[name] for name in wanted}
+        return self.function(**(chosen | self._args))
+
+    def check_record(self, record: Mapping[str, Any]) -> None:
+        """Raise RewardError if the reward cannot score this prompt record; the message names it."""
+        missing = [name for name in self.required_columns if name not in record]
+        if missing:
+            name = record.get("prompt_id") or record.get("prompt")
+            raise RewardError(
+                f"prompt record `{name}`: no `{missing[0]}`, which reward `{self.name}` needs. "
+                "Fix: add it to the record or give it under `args`."
+            )
+        if self._check is not None:
+            known = inspect.signature(self._check).parameters
+            self._check(record, **{k: v for k, v in self._args.items() if k in known})
+
+    def _refuse_unknown_args(self) -> None:
+        for name in self._args:
+            if name in self._declared and name not in _GIVEN:
+                continue
+            options = sorted(self._declared - set(_GIVEN))
+            close = nearest(name, options)
+            fix = f"Did you mean `{close}`?" if close else f"It takes: {', '.join(options) or '-'}."
+            raise RewardError(f"reward `{self.name}` has no argument `{name}`. {fix}")
+
+    def _refuse_positional(self, parameters: Mapping[str, inspect.Parameter]) -> None:
+        for name, p in parameters.items():
+            if p.kind == p.POSITIONAL_ONLY and p.default is p.empty:
+                raise RewardError(
+                    f"reward `{self.name}`: parameter `{name}` can only be given by position, and "
+                    "columns arrive by name. Fix: remove the `/` from its signature."
+                )

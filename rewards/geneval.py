@@ -1,0 +1,110 @@
+"""The GenEval reward: does the picture show the objects, numbers, colours and places asked for?
+
+The rules are in `rewards.geneval_rules` (`evaluate_detections`), the check of prompt records is
+in `rewards.geneval_metadata` (`check_metadata`); both are offered here too.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from PIL import Image
+
+from common.errors import RewardError
+from rewards.contract import Score
+from rewards.detector import Detection, Detector, load_detector
+from rewards.geneval_metadata import check_clauses, check_metadata
+from rewards.geneval_rules import (
+    Compat,
+    GenEvalResult,
+    evaluate_detections,
+    extra_objects,
+    keep_detections,
+)
+from rewards.plugins import reward
+
+__all__ = [
+    "GenEvalResult",
+    "check_metadata",
+    "evaluate_detections",
+    "extra_objects",
+    "geneval",
+    "keep_detections",
+]
+
+
+@reward(name="geneval", check=check_metadata)
+def geneval(
+    images: Sequence[Image.Image],
+    metadata: Sequence[Mapping[str, Any]],
+    detector: str | Detector = "scenes",
+    strict_weight: float = 0.5,
+    soft_weight: float = 0.5,
+    extra_penalty: float = 0.15,
+    max_extra: int = 3,
+    compat: Compat = None,
+) -> list[Score]:
+    """Return strict_weight * strict + soft_weight * soft - extra_penalty * min(extra, max_extra).
+
+    `strict` is 1 or 0 by the official rules, `soft` the graded score, `extra` the number of objects
+    beyond those asked for: without its price, spraying objects pays. `detector` is a registered
+    name or a `Detector`. The arguments strict_weight=0, soft_weight=1, extra_penalty=0,
+    compat="flow_grpo" give the score that the flow_grpo reward server trains on.
+
+    Details: strict, soft, extra, detector, not_comparable (why the score must not stand beside a
+    published one, or None), objects and size. An object's colour is None unless the rules asked.
+    A record that the rules cannot be applied to scores None.
+    """
+    judge = load_detector(detector) if isinstance(detector, str) else detector
+    scores = []
+    for image, asked, found in zip(images, metadata, judge.detect(images), strict=True):
+        try:
+            check_clauses(asked, "this prompt")
+        except RewardError as error:
+            scores.append(Score(None, str(error)))
+            continue
+        names = _ColorNotes(judge, image)
+        result = evaluate_detections(asked, found, names, compat)
+        extra = extra_objects(asked, found)
+        value = strict_weight * result.correct + soft_weight * result.soft
+        value -= extra_penalty * min(extra, max_extra)
+        details = {
+            "strict": float(result.correct),
+            "soft": result.soft,
+            "extra": extra,
+            "detector": judge.name,
+            "not_comparable": judge.leaderboard_comparable,
+            "objects": _described(asked, found, names),
+            "size": list(image.size),
+        }
+        scores.append(Score(value, result.reason, details))
+    return scores
+
+
+class _ColorNotes:
+    """Classifies colours for the rules and remembers them for the report."""
+
+    def __init__(self, detector: Detector, image: Image.Image) -> None:
+        self._detector = detector
+        self._image = image
+        self.known: dict[int, str] = {}
+
+    def __call__(self, detections: Sequence[Detection]) -> list[str]:
+        colors = self._detector.classify_colors(self._image, detections)
+        self.known.update(zip(map(id, detections), colors, strict=True))
+        return colors
+
+
+def _described(
+    asked: Mapping[str, Any], found: Sequence[Detection], names: _ColorNotes
+) -> list[dict[str, Any]]:
+    kept = keep_detections(asked, found)
+    return [
+        {
+            "label": label,
+            "color": names.known.get(id(item)),
+            "score": round(float(item.score), 4),
+            "box": [round(float(edge), 2) for edge in item.box_xyxy],
+        }
+        for label, items in kept.items()
+        for item in items
+    ]

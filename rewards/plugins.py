@@ -1,0 +1,126 @@
+"""Finding reward functions: built in, decorated, from an entry point, or in a file of your own."""
+
+import hashlib
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeVar
+
+from common.errors import RewardError
+from common.registry import Registry, nearest
+from rewards.contract import RecordCheck, RewardFunction, Traits
+
+_BUILT_IN = {"geneval": "rewards.geneval:geneval", "ocr": "rewards.ocr:ocr"}
+_REGISTRY = Registry("reward", group="atelier.rewards", error=RewardError)
+for _name, _place in _BUILT_IN.items():
+    _REGISTRY.add(_name, _place)
+
+_TRAITS = "__atelier_reward__"
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+@dataclass
+class _Slot:
+    """Holds a decorated function, so that defining it again (a notebook cell) replaces it."""
+
+    function: Callable[..., Any]
+
+
+_SLOTS: dict[str, _Slot] = {}
+
+
+def reward(
+    *, name: str, check: RecordCheck | None = None, whole_batch: bool = False
+) -> Callable[[_Function], _Function]:
+    """Register a function as the reward `name`; the function itself is returned unchanged.
+
+    `check(record, **args)` raises RewardError for a prompt record that cannot be scored; it runs
+    before a run starts. Set `whole_batch` if the score of a picture depends on the others of the
+    call (a diversity reward): it then gets all pictures at once and is never called again singly.
+    """
+
+    def decorate(function: _Function) -> _Function:
+        setattr(function, _TRAITS, Traits(name, check, whole_batch))
+        place = f"{function.__module__}:{function.__qualname__}"
+        slot = _SLOTS.get(name)
+        if _BUILT_IN.get(name) == place:
+            return function
+        if slot is not None and _same_definition(slot.function, function):
+            slot.function = function
+        else:
+            _REGISTRY.add(name, slot := _Slot(function))
+            _SLOTS[name] = slot
+        return function
+
+    return decorate
+
+
+def list_rewards() -> list[str]:
+    """Return the names of all rewards that are built in, decorated or installed as plug-ins."""
+    return _REGISTRY.names()
+
+
+def load_reward(spec: str, /, **args: Any) -> RewardFunction:
+    """Return the reward that `spec` names, with `args` bound.
+
+    `spec` is a registered name, the name of an entry point in the group `atelier.rewards`, or
+    "path/to/file.py:function". Raises RewardError for an unknown name (with the nearest one), a
+    file or function that is missing, a file that fails to run, or an argument the function lacks.
+    """
+    path, colon, attribute = spec.rpartition(":")
+    if colon and path.endswith(".py"):
+        function = _from_file(Path(path), attribute)
+    else:
+        found = _REGISTRY.get(spec)
+        function = found.function if isinstance(found, _Slot) else found
+        attribute = spec
+    if not callable(function):
+        raise RewardError(f"reward `{spec}` is not a function. Fix: point to one.")
+    if inspect.isclass(function):
+        raise RewardError(f"reward `{spec}` is a class. Fix: point to a function.")
+    return RewardFunction(function, getattr(function, _TRAITS, Traits(attribute)), args)
+
+
+def _same_definition(old: Callable[..., Any], new: Callable[..., Any]) -> bool:
+    return (old.__module__, old.__qualname__) == (new.__module__, new.__qualname__)
+
+
+def _from_file(path: Path, attribute: str) -> Any:
+    module = _run_file(path)
+    if not hasattr(module, attribute):
+        functions = [name for name, value in vars(module).items() if inspect.isfunction(value)]
+        close = nearest(attribute, functions)
+        fix = f"Did you mean `{close}`?" if close else f"It has: {', '.join(functions) or 'none'}."
+        raise RewardError(f"{path} has no function `{attribute}`. {fix}")
+    return getattr(module, attribute)
+
+
+def _run_file(path: Path) -> ModuleType:
+    """Import the file once for each content of it, under a name of its own."""
+    if not path.is_file():
+        raise RewardError(
+            f"no file {path} (looked in {Path.cwd()}). Fix: write the path of your reward file "
+            "relative to that folder, or in full."
+        )
+    full = path.resolve()
+    source = full.read_bytes()
+    name = f"atelier_reward_{full.stem}_{hashlib.blake2b(str(full).encode()).hexdigest()[:8]}"
+    loaded = sys.modules.get(name)
+    if loaded is not None and getattr(loaded, "__atelier_source__", None) == source:
+        return loaded
+    module = ModuleType(name)
+    module.__dict__.update({"__file__": str(full), "__atelier_source__": source})
+    sys.modules[name] = module  # dataclasses and pickle look their module up while it runs
+    try:
+        # Not the import system's loader: its bytecode cache misses an edit within one second.
+        exec(compile(source, str(full), "exec"), module.__dict__)
+    except Exception as error:
+        del sys.modules[name]
+        raise RewardError(
+            f"{path} fails when run: {type(error).__name__}: {error}. Fix: run it with Python "
+            "to see where."
+        ) from error
+    return module

@@ -1,0 +1,140 @@
+"""What happens around the training steps: journal, progress, held-out curve, interruption."""
+
+import signal
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback
+
+from common.journal import Journal
+from common.progress import Progress
+
+if TYPE_CHECKING:
+    from rl.grpo import ImageGRPOTrainer
+
+HeldOut = Callable[[int], dict[str, Any]]
+_LOGGED = {
+    "reward": "reward",
+    "reward_std": "reward_std",
+    "kl": "kl",
+    "entropy": "entropy",
+    "clip_ratio/region_mean": "clip_fraction",
+    "loss": "loss",
+    "grad_norm": "grad_norm",
+    "learning_rate": "lr",
+    "zero_variance_groups": "zero_variance_groups",
+    "missing_rewards": "missing_rewards",
+    "sampling/sampling_logp_difference/max": "logprob_mismatch_max",
+    "sampling/importance_sampling_ratio/mean": "importance_ratio_mean",
+}
+
+
+class JournalCallback(TrainerCallback):
+    """Write one row a step to `metrics.jsonl` and show it."""
+
+    def __init__(self, journal: Journal, progress: Progress) -> None:
+        self.journal = journal
+        self.progress = progress
+        self.trainer: ImageGRPOTrainer | None = None
+        self._started = 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the step's clock."""
+        self._started = time.perf_counter()
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
+    ) -> None:
+        """Turn the trainer's log into the run's row."""
+        if not logs or "reward" not in logs or not state.is_world_process_zero:
+            return
+        assert self.trainer is not None
+        row: dict[str, Any] = {"step": state.global_step}
+        row |= {ours: logs[theirs] for theirs, ours in _LOGGED.items() if theirs in logs}
+        row["rewards"] = {
+            key.removeprefix("parts/"): v for key, v in logs.items() if key.startswith("parts/")
+        }
+        row |= self._details()
+        seconds = dict(self.trainer.seconds)
+        whole = time.perf_counter() - self._started
+        seconds["update"] = max(whole - sum(seconds.values()), 0.0)
+        row["seconds"] = {stage: round(value, 4) for stage, value in seconds.items()}
+        self.trainer.seconds.clear()
+        self.journal.write(row)
+        facts = {"reward": f"{row['reward']:.3f}", "strict": _rounded(row.get("strict"))}
+        self.progress.advance("train", 1, **{k: v for k, v in facts.items() if v is not None})
+
+    def _details(self) -> dict[str, float]:
+        """Mean of what the rewards tell beyond their score (strict, soft, extra objects)."""
+        assert self.trainer is not None
+        means = {}
+        for key, name in (("strict", "strict"), ("soft", "soft"), ("extra", "extra_objects")):
+            values = [
+                float(details[key])
+                for scored in self.trainer.last_scores
+                for details in scored.details.values()
+                if isinstance(details, dict) and details.get(key) is not None
+            ]
+            if values:
+                means[name] = sum(values) / len(values)
+        return means
+
+
+class HeldOutCallback(TrainerCallback):
+    """Evaluate on held-out prompts before the first step and every `every` steps."""
+
+    def __init__(self, every: int, held_out: HeldOut, journal: Journal, progress: Progress) -> None:
+        self.every = every
+        self.held_out = held_out
+        self.journal = journal
+        self.progress = progress
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The curve starts at the untrained policy."""
+        if state.global_step == 0:
+            self._run(0)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Add a point to the curve."""
+        if state.global_step % self.every == 0 or state.global_step == state.max_steps:
+            self._run(state.global_step)
+
+    def _run(self, step: int) -> None:
+        row = self.held_out(step)
+        self.journal.write({"event": "eval", "step": step, **row})
+        headline = _rounded(row.get("strict", row.get("word_accuracy")))
+        self.progress.line(f"step {step}: held-out {headline}")
+
+
+class InterruptCallback(TrainerCallback):
+    """Turn SIGINT and SIGTERM into a checkpoint and a clean stop after the current step."""
+
+    def __init__(self) -> None:
+        self.interrupted = False
+        self._before: dict[int, Any] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take over the signals; a second one acts at once."""
+
+        def note(number: int, frame: Any) -> None:
+            self.interrupted = True
+            signal.signal(number, self._before[number])
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, note)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Ask for a checkpoint and the end of training."""
+        if self.interrupted:
+            control.should_save = True
+            control.should_training_stop = True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Give the signals back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def _rounded(value: float | None) -> str | None:
+    return None if value is None else f"{value:.3f}"

@@ -1,0 +1,90 @@
+"""Checkpoints of a run: written whole or not at all, verified before they are used."""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+from common.atomic import write_text
+from common.errors import RunError
+
+MANIFEST = "manifest.json"
+
+
+def checkpoint_name(step: int) -> str:
+    """Return the folder name of a step's checkpoint."""
+    return f"step-{step:06d}"
+
+
+def publish(staged: Path, checkpoints: Path, step: int, keep_last: int) -> Path:
+    """Move a finished checkpoint from its staging folder into `checkpoints` and drop old ones.
+
+    The manifest with every file's sha256 is written and flushed first, then one rename makes the
+    checkpoint visible, so a kill at any moment leaves the older ones usable.
+    """
+    files = sorted(path for path in staged.rglob("*") if path.is_file())
+    for path in files:
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    sums = {str(path.relative_to(staged)): _sha256(path) for path in files}
+    write_text(staged / MANIFEST, json.dumps({"step": step, "sha256": sums}, indent=2))
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    target = checkpoints / checkpoint_name(step)
+    if target.exists():
+        shutil.rmtree(target)
+    os.replace(staged, target)
+    for old in _folders(checkpoints)[:-keep_last]:
+        shutil.rmtree(old)
+    return target
+
+
+def newest_valid(checkpoints: Path) -> tuple[Path, list[str]]:
+    """Return the newest checkpoint whose files match its manifest, and what was passed over.
+
+    Raises RunError if there is none.
+    """
+    passed_over: list[str] = []
+    for folder in reversed(_folders(checkpoints)):
+        fault = _fault(folder)
+        if fault is None:
+            return folder, passed_over
+        passed_over.append(f"{folder}: {fault}")
+    reasons = "".join(f"\n    {line}" for line in passed_over)
+    raise RunError(
+        f"{checkpoints} holds no usable checkpoint.{reasons}\n"
+        "    Fix: start the run anew with `atelier train` and another --out."
+    )
+
+
+def step_of(folder: Path) -> int:
+    """Return the step a checkpoint was written at."""
+    return int(folder.name.removeprefix("step-"))
+
+
+def _fault(folder: Path) -> str | None:
+    manifest = folder / MANIFEST
+    if not manifest.is_file():
+        return "the manifest is missing"
+    try:
+        sums = json.loads(manifest.read_text())["sha256"]
+    except (ValueError, KeyError, TypeError):
+        return "the manifest cannot be read"
+    for name, expected in sums.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if _sha256(path) != expected:
+            return f"{name} is damaged (its sha256 differs from the manifest)"
+    return None
+
+
+def _folders(checkpoints: Path) -> list[Path]:
+    if not checkpoints.is_dir():
+        return []
+    return sorted(p for p in checkpoints.iterdir() if p.is_dir() and p.name.startswith("step-"))
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,211 @@
+"""GRPO on image tokens: a thin subclass of TRL's trainer.
+
+TRL keeps the loop, the options, the advantages and the loss. What images change is here: rollouts
+that also render (`rollout_func`), log-probs over the image rows alone, groups without variance
+left out of the update, and weight sync to an engine of ours.
+"""
+
+import shutil
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+from common.errors import RunError
+from common.seeds import counter_seed
+from rewards.runner import RewardRunner, Scored
+from rl.checkpoints import publish
+from rl.image_head import add_image_head
+from rl.rollouts import Rollout, Sampler
+
+Sync = Callable[[int], None]
+
+
+class ImageGRPOTrainer(GRPOTrainer):
+    """GRPO whose completions are pictures.
+
+    `sampler` makes the rollouts, `rewards` judges them, `sync` brings the weights of a step to the
+    engine and proves that they arrived. `last_rollout` and `last_scores` stay readable for
+    callbacks.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: GRPOConfig,
+        records: Sequence[Mapping[str, Any]],
+        *,
+        sampler: Sampler,
+        rewards: RewardRunner,
+        sync: Sync,
+        drop_zero_variance: bool = True,
+        callbacks: Iterable[TrainerCallback] = (),
+        peft_config: Any = None,
+        checkpoints: Path,
+        keep_last: int = 2,
+    ) -> None:
+        self.sampler = sampler
+        self.rewards = rewards
+        self.records = records
+        self.drop_zero_variance = drop_zero_variance
+        self.checkpoints = checkpoints
+        self.keep_last = keep_last
+        self.seconds: dict[str, float] = {}
+        self.last_rollout: Rollout | None = None
+        self.last_scores: list[Scored] = []
+        self._old_logprobs: Tensor | None = None
+        policy = sampler.policy
+        super().__init__(
+            model=model,
+            reward_funcs=self.reward,
+            args=args,
+            # Only places travel through the data set: Arrow would force one type on each column
+            # of the records.
+            train_dataset=Dataset.from_list(
+                [{"prompt": record["prompt"], "place": i} for i, record in enumerate(records)]
+            ),
+            processing_class=policy.tokenizer,
+            callbacks=list(callbacks),
+            peft_config=peft_config,
+            rollout_func=_rollout,
+        )
+        config = policy.config
+        add_image_head(
+            policy.ar, config.image_start_id, config.num_image_tokens, sampler.sampling.temperature
+        )
+        # TRL syncs weights and corrects importance only for its own vLLM client; ours stands in.
+        self.use_vllm = True
+        self.vllm_generation = _EngineSync(self, sync)
+        self._last_loaded_step = -1
+
+    # --- rollout and reward ---------------------------------------------------------------------
+
+    def rollout(self, prompts: Sequence[str]) -> dict[str, Any]:
+        """Sample and render this process's groups (TRL's `rollout_func` contract)."""
+        size = self.num_generations
+        groups = [prompts[i] for i in range(0, len(prompts), size)]
+        if len(prompts) % size or any(p != groups[i // size] for i, p in enumerate(prompts)):
+            raise RunError(
+                f"A process got {len(prompts)} samples that are not whole groups of {size}. "
+                "Make rollout.prompts_per_step a multiple of the number of processes."
+            )
+        step, process = self.state.global_step, self.accelerator.process_index
+        rollout = self.sampler(groups, size, step, process)
+        self.last_rollout = rollout
+        self._old_logprobs = rollout.logprobs
+        self.seconds |= rollout.seconds
+        return {
+            "prompt_ids": rollout.prompt_ids,
+            "completion_ids": rollout.completion_ids.tolist(),
+            "logprobs": rollout.behaviour_logprobs.tolist(),
+            "images": rollout.images,
+        }
+
+    def reward(
+        self, prompts: list[str], images: list[Any], place: list[int], log_metric: Any, **_: Any
+    ) -> list[float | None]:
+        """Score the pictures with every reward of the recipe; None where one failed."""
+        started = time.perf_counter()
+        records = [self.records[i] for i in place]
+        columns = {
+            key: [record.get(key) for record in records] for key in records[0] if key != "prompt"
+        }
+        self.last_scores = self.rewards.score(images, prompts, columns)
+        self.seconds["reward"] = time.perf_counter() - started
+        for name in self.rewards.names:
+            parts = [p for s in self.last_scores if (p := s.parts[name]) is not None]
+            if parts:
+                log_metric(f"parts/{name}", float(np.mean(parts)))
+        missing = sum(scored.total is None for scored in self.last_scores)
+        log_metric("missing_rewards", float(missing))
+        return [scored.total for scored in self.last_scores]
+
+    # --- private methods of TRL that the image case replaces (pinned by a contract test) ---------
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        output = super()._generate_and_score_completions(inputs)
+        if self.model.training and self.drop_zero_variance:
+            output = self._informative(output)
+        # The order of micro-batches is drawn next, from the global generator.
+        torch.manual_seed(counter_seed(self.args.seed, "shuffle", self.state.global_step))
+        return output
+
+    def _informative(self, output: dict[str, Any]) -> dict[str, Any]:
+        """Keep the groups whose rewards differ, filled up to whole micro-batches."""
+        advantages = output["advantages"]
+        groups = advantages.view(-1, self.num_generations)
+        informative = (groups != 0).any(1).repeat_interleave(self.num_generations)
+        self._metrics["train"]["zero_variance_groups"].append(float((groups == 0).all(1).sum()))
+        pieces = self.args.steps_per_generation
+        order = torch.argsort(informative.int(), descending=True, stable=True)
+        count = max(int(informative.sum()), 1)
+        rows = order[: -(-count // pieces) * pieces].sort().values
+        return {
+            key: value[rows] if torch.is_tensor(value) and value.dim() else value
+            for key, value in output.items()
+        }
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write into a staging folder and publish it whole."""
+        own, staging = self.args.output_dir, self.checkpoints / ".staging"
+        shutil.rmtree(staging, ignore_errors=True)
+        self.args.output_dir = str(staging)
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.output_dir = own
+        if self.accelerator.is_main_process:
+            step = self.state.global_step
+            publish(staging / f"checkpoint-{step}", self.checkpoints, step, self.keep_last)
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: nn.Module,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        compute_aux_loss: bool = False,
+        **unused: Any,
+    ) -> tuple[Tensor, Tensor | None, None]:
+        if not torch.is_grad_enabled() and self._old_logprobs is not None:
+            # The rollout's teacher-forced pass was this very pass.
+            old, self._old_logprobs = self._old_logprobs, None
+            return old, None, None
+        size = batch_size or len(input_ids)
+        logprobs, entropies = [], []
+        for start in range(0, len(input_ids), size):
+            with self.accelerator.autocast():
+                output = model(
+                    input_ids=input_ids[start : start + size],
+                    attention_mask=attention_mask[start : start + size],
+                    image_tokens=logits_to_keep,
+                )
+            logprobs.append(output.log_probs)
+            entropies.append(output.entropy)
+        return torch.cat(logprobs), torch.cat(entropies) if compute_entropy else None, None
+
+
+class _EngineSync:
+    """What TRL calls before a rollout when the weights have changed."""
+
+    def __init__(self, trainer: ImageGRPOTrainer, sync: Sync) -> None:
+        self._trainer = trainer
+        self._sync = sync
+
+    def sync_weights(self) -> None:
+        started = time.perf_counter()
+        self._sync(self._trainer.state.global_step)
+        self._trainer.seconds["sync"] = time.perf_counter() - started
+
+
+def _rollout(prompts: list[str], trainer: ImageGRPOTrainer) -> dict[str, Any]:
+    return trainer.rollout(prompts)

@@ -1,0 +1,303 @@
+"""A GRPO run from its recipe: build the parts, train, leave a policy folder.
+
+This file is the way in: read `_run` from top to bottom.
+"""
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import LoraConfig
+from transformers import TrainerCallback
+from trl import GRPOConfig
+
+from common.atomic import write_text
+from common.errors import Interrupted, RunError
+from common.journal import Journal
+from common.progress import Progress, SilentProgress
+from common.seeds import counter_seed
+from data.prompts import training_records
+from evals.suites import load_suite
+from policy import Policy, base_path
+from policy.sampling import Sampling
+from recipes import LoadedRecipe, dump_recipe, load_recipe
+from recipes.schema_grpo import GrpoRecipe
+from rewards.runner import RewardRunner, RewardSpec
+from rl.callbacks import HeldOutCallback, InterruptCallback, JournalCallback
+from rl.checkpoints import newest_valid, step_of
+from rl.grpo import ImageGRPOTrainer, Sync
+from rl.rollouts import Decode, Sampler
+from rollout.engine import Engine
+from rollout.sync import ModelSide, push_weights, verify_sync
+from rollout.transformers_engine import TransformersEngine
+
+PROBE_EVERY = 25
+"""Steps between two syncs that are proved by probe prompts besides the fingerprint."""
+
+
+def train(loaded: LoadedRecipe, run_dir: Path, progress: Progress | None = None) -> None:
+    """Run a recipe from its start in a new folder; the trained policy is `run_dir/policy`.
+
+    Raises `Interrupted` after SIGINT or SIGTERM, with a checkpoint written.
+    """
+    recipe = _grpo(loaded)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_text(run_dir / "recipe.yaml", dump_recipe(recipe))
+    _run(recipe, run_dir, progress or SilentProgress(), checkpoint=None)
+
+
+def resume(run_dir: Path, progress: Progress | None = None) -> None:
+    """Go on from the newest whole checkpoint to the same numbers an uninterrupted run gives."""
+    progress = progress or SilentProgress()
+    path = run_dir / "recipe.yaml"
+    if not path.is_file():
+        raise RunError(f"{run_dir} is not a run: recipe.yaml is missing.")
+    recipe = _grpo(load_recipe(str(path)))
+    checkpoint, passed_over = newest_valid(run_dir / "checkpoints")
+    for line in passed_over:
+        progress.line(f"passed over {line}")
+    progress.line(f"resuming from {checkpoint}")
+    _run(recipe, run_dir, progress, checkpoint)
+
+
+def _run(recipe: GrpoRecipe, run_dir: Path, progress: Progress, checkpoint: Path | None) -> None:
+    journal = Journal(run_dir / "metrics.jsonl")
+    if checkpoint is not None:
+        journal.rewind(step_of(checkpoint))
+    policy = load_policy(recipe)
+    records = _records(recipe)
+    rewards = RewardRunner(
+        [RewardSpec(f.use, f.weight, f.args, f.timeout_s) for f in recipe.rewards.functions]
+    )
+    rewards.check_records(records)
+    engine = build_engine(recipe, policy)
+    rollout, decode = recipe.rollout, recipe.decode.train
+    sampler = Sampler(
+        policy,
+        engine,
+        Sampling(rollout.temperature, rollout.top_k, rollout.top_p),
+        Decode(decode.steps, decode.guidance, decode.noise == "shared_in_group"),
+        recipe.seed,
+    )
+    shown, interrupt = JournalCallback(journal, progress), InterruptCallback()
+    callbacks: list[TrainerCallback] = [shown, interrupt]
+    if recipe.evals.every:
+        callbacks.append(
+            HeldOutCallback(recipe.evals.every, _held_out(recipe, sampler), journal, progress)
+        )
+    trainer = ImageGRPOTrainer(
+        policy.ar,
+        trainer_config(recipe, run_dir, policy.config.num_tokens),
+        records,
+        sampler=sampler,
+        rewards=rewards,
+        sync=_sync(policy, engine),
+        drop_zero_variance=recipe.algorithm.drop_zero_variance,
+        callbacks=callbacks,
+        peft_config=_lora(recipe),
+        checkpoints=run_dir / "checkpoints",
+        keep_last=recipe.save.keep_last,
+    )
+    shown.trainer = trainer
+    progress.start("train", recipe.train.steps)
+    progress.advance("train", 0 if checkpoint is None else step_of(checkpoint))
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    progress.finish("train")
+    engine.close()
+    rewards.close()
+    if interrupt.interrupted and trainer.state.global_step < recipe.train.steps:
+        raise Interrupted(
+            f"stopped after step {trainer.state.global_step}; go on with `atelier resume {run_dir}`"
+        )
+    _write_policy(trainer, policy, recipe, run_dir)
+
+
+# --- the parts -----------------------------------------------------------------------------------
+
+
+def load_policy(recipe: GrpoRecipe) -> Policy:
+    """Load the policy that is trained; only its language model learns."""
+    device = recipe.policy.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    path = base_path() if recipe.policy.path == "base" else Path(recipe.policy.path)
+    policy = Policy.from_pretrained(path, getattr(torch, recipe.policy.dtype), device)
+    policy.requires_grad_(False)
+    policy.ar.requires_grad_(True)
+    return policy
+
+
+def build_engine(recipe: GrpoRecipe, policy: Policy) -> Engine:
+    """Return the rollout engine: the trainer's own module, or vLLM beside it."""
+    config = policy.config
+    if recipe.rollout.engine == "transformers":
+        return TransformersEngine(
+            policy.ar,
+            config.image_start_id,
+            config.num_image_tokens,
+            config.num_tokens,
+            config.pad_id,
+        )
+    from rollout.vllm_engine import VllmEngine
+
+    path = base_path() if recipe.policy.path == "base" else Path(recipe.policy.path)
+    return VllmEngine(
+        path / "ar",
+        config.image_start_id,
+        config.num_image_tokens,
+        config.num_tokens,
+        dtype=policy.ar.dtype,
+    )
+
+
+def _records(recipe: GrpoRecipe) -> list[dict[str, Any]]:
+    """Return the prompts of every step in order: each step's draw has its own seed."""
+    per_step = recipe.rollout.prompts_per_step
+    pool = training_records(
+        recipe.prompts.source,
+        recipe.prompts.split,
+        None if recipe.prompts.tasks is None else tuple(recipe.prompts.tasks),
+    )
+    by_task: dict[str, list[dict[str, Any]]] = {}
+    for record in pool:
+        by_task.setdefault(str(record["metadata"].get("tag", "")), []).append(record)
+    weights = recipe.prompts.tasks or dict.fromkeys(by_task, 1.0)
+    names = [name for name in by_task if weights.get(name, 0) > 0]
+    shares = np.array([weights[name] for name in names], dtype=float)
+    chosen = []
+    for step in range(recipe.train.steps):
+        rng = np.random.default_rng(counter_seed(recipe.seed, "prompts", step))
+        for task in rng.choice(names, size=per_step, p=shares / shares.sum()):
+            records = by_task[str(task)]
+            chosen.append(records[int(rng.integers(len(records)))])
+    return chosen
+
+
+def _lora(recipe: GrpoRecipe) -> LoraConfig | None:
+    lora = recipe.policy.lora
+    if lora is None:
+        return None
+    return LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=list(lora.targets),
+        task_type="CAUSAL_LM",
+    )
+
+
+def trainer_config(recipe: GrpoRecipe, run_dir: Path, completion_length: int) -> GRPOConfig:
+    """Return the recipe in TRL's option names."""
+    images = recipe.rollout.group_size * recipe.rollout.prompts_per_step
+    micro_batch = recipe.train.micro_batch or images
+    pieces = images // micro_batch
+    algorithm = recipe.algorithm
+    return GRPOConfig(
+        output_dir=str(run_dir),
+        seed=recipe.seed % 2**32,
+        use_cpu=recipe.policy.device == "cpu" or not torch.cuda.is_available(),
+        bf16=False,
+        gradient_checkpointing=False,
+        max_steps=recipe.train.steps,
+        per_device_train_batch_size=micro_batch,
+        steps_per_generation=pieces,
+        gradient_accumulation_steps=pieces,
+        num_generations=recipe.rollout.group_size,
+        max_completion_length=completion_length,
+        temperature=recipe.rollout.temperature,
+        learning_rate=recipe.train.learning_rate,
+        lr_scheduler_type="constant_with_warmup",
+        warmup_steps=recipe.train.warmup_steps,
+        weight_decay=recipe.train.weight_decay,
+        max_grad_norm=recipe.train.grad_clip or 0.0,
+        beta=algorithm.beta,
+        epsilon=algorithm.clip_low,
+        epsilon_high=algorithm.clip_high,
+        loss_type="grpo",
+        scale_rewards=algorithm.advantage_scale,
+        vllm_importance_sampling_correction=algorithm.importance_cap is not None,
+        vllm_importance_sampling_mode="token_truncate",
+        vllm_importance_sampling_clip_max=algorithm.importance_cap,
+        shuffle_dataset=False,
+        remove_unused_columns=False,
+        save_strategy="steps",
+        save_steps=recipe.save.every,
+        logging_steps=1,
+        report_to=list(recipe.log.trackers),
+        disable_tqdm=True,
+    )
+
+
+def _sync(policy: Policy, engine: Engine) -> Sync:
+    config = policy.config
+    probes = policy.prompt_ids(["a photo of a red circle", "a photo of two squares", "a sign", "x"])
+
+    def sync(step: int) -> None:
+        side = ModelSide(policy.ar, step, probes, config.image_start_id, config.num_image_tokens)
+        if step % PROBE_EVERY == 0:
+            verify_sync(engine, side)
+        else:
+            push_weights(engine, side)
+
+    return sync
+
+
+def _held_out(recipe: GrpoRecipe, sampler: Sampler) -> Any:
+    """Return the held-out evaluation: the same prompts and seeds at every step of every run."""
+    suite = load_suite(recipe.evals.suite, recipe.evals.limit)
+    judge = Sampler(
+        sampler.policy,
+        sampler.engine,
+        Sampling(),
+        Decode(recipe.decode.eval.steps, recipe.decode.eval.guidance, shared_noise=False),
+        run_seed=0,
+    )
+
+    def held_out(step: int) -> Mapping[str, Any]:
+        rollout = judge([str(record["prompt"]) for record in suite.records], 1, "held-out")
+        scores = [
+            suite.score(image, record)
+            for image, record in zip(rollout.images, suite.records, strict=True)
+        ]
+        per_task: dict[str, list[float]] = {}
+        means: dict[str, Any] = {}
+        for metric in suite.metrics:
+            values = [s.values[metric] for s in scores if s.values.get(metric) is not None]
+            means[metric] = sum(values) / len(values) if values else None  # type: ignore[arg-type]
+        headline = next(iter(suite.metrics))
+        for record, score in zip(suite.records, scores, strict=True):
+            value = score.values.get(headline)
+            if value is not None:
+                per_task.setdefault(str(record["metadata"]["tag"]), []).append(value)
+        means["per_task"] = {task: sum(v) / len(v) for task, v in per_task.items()}
+        return means
+
+    return held_out
+
+
+def _write_policy(
+    trainer: ImageGRPOTrainer, policy: Policy, recipe: GrpoRecipe, run_dir: Path
+) -> None:
+    """Merge the adapter and write the policy folder in one rename."""
+    if recipe.policy.lora is not None:
+        trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
+    del policy.ar.forward  # the trainer's extended forward pass
+    staged = run_dir / "policy.partial"
+    shutil.rmtree(staged, ignore_errors=True)
+    trained = {"run": recipe.name, "steps": recipe.train.steps, "seed": recipe.seed}
+    policy.config = replace(policy.config, provenance={**policy.config.provenance, "grpo": trained})
+    policy.save_pretrained(staged)
+    staged.rename(run_dir / "policy")
+
+
+def _grpo(loaded: LoadedRecipe) -> GrpoRecipe:
+    if not isinstance(loaded.recipe, GrpoRecipe):
+        raise RunError(
+            f"`{loaded.recipe.name}` is a {loaded.recipe.kind} recipe; "
+            "`atelier train` runs grpo recipes."
+        )
+    return loaded.recipe

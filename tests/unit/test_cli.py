@@ -1,0 +1,331 @@
+"""The command line: verbs, messages, exit codes. What `rl.run` and `policy` do is tested there."""
+
+import json
+import struct
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from cli.main import main
+from common.errors import Interrupted, RunError
+from recipes import load_recipe
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NO_COLOR", "1")
+
+
+def tensors(folder, shapes, dtype="F32"):
+    """Write a safetensors file by its specification: length, JSON header, data."""
+    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    for name, shape in shapes.items():
+        size = 4
+        for length in shape:
+            size *= length
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header).encode()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(offset))
+
+
+@pytest.fixture
+def small_policy(tmp_path):
+    folder = tmp_path / "small"
+    tensors(
+        folder / "ar",
+        {
+            "model.embed_tokens.weight": [50, 8],
+            "model.layers.0.self_attn.q_proj.weight": [16, 8],
+            "model.layers.0.self_attn.v_proj.weight": [4, 8],
+            "model.norm.weight": [8],
+        },
+    )
+    tensors(folder / "vae", {"x": [3, 4]})
+    (folder / "policy.json").write_text(json.dumps({"grid": 2, "num_image_tokens": 32}))
+    config = {
+        "num_hidden_layers": 1, "hidden_size": 8, "intermediate_size": 16,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4,
+    }  # fmt: skip
+    (folder / "ar" / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+# --- main --------------------------------------------------------------------------------------
+
+
+def test_help_is_quick_lists_every_verb_and_imports_nothing_heavy():
+    code = (
+        "import sys, time; start = time.process_time()\n"
+        "from cli.main import main; code = main(['--help'])\n"
+        "seconds = time.process_time() - start\n"
+        "assert code == 0 and not {'torch', 'pydantic', 'numpy', 'yaml'} & set(sys.modules)\n"
+        "print(seconds, file=sys.stderr)"
+    )
+    command = [sys.executable, "-c", code]
+    runs = [
+        subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        for _ in range(3)
+    ]
+    assert min(float(run.stderr) for run in runs) < 0.5
+    for verb in ("new", "ls", "check", "plan", "schema", "train", "resume", "sample", "doctor"):
+        assert f" {verb} " in runs[0].stdout
+
+
+@pytest.mark.parametrize("arguments", [["nonsense"], ["train"], ["ls", "nonsense"], ["sample"]])
+def test_wrong_use_ends_with_2(arguments):
+    assert main(arguments) == 2
+
+
+def fake_run(monkeypatch, train):
+    module = types.ModuleType("rl.run")
+    module.train = train
+    module.resume = lambda run_dir, progress: train(None, run_dir, progress)
+    package = types.ModuleType("rl")
+    package.run = module
+    monkeypatch.setitem(sys.modules, "rl", package)
+    monkeypatch.setitem(sys.modules, "rl.run", module)
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "message"),
+    [
+        (Interrupted("stopped at step 7. Fix: atelier resume runs/x"), 75, "stopped at step 7"),
+        (RunError("no reward could be computed"), 1, "no reward"),
+        (OSError(28, "No space left on device", "metrics.jsonl"), 1, "disk is full"),
+    ],
+)
+def test_errors_become_one_message_and_an_exit_code(monkeypatch, capsys, raised, code, message):
+    def train(loaded, run_dir, progress):
+        raise raised
+
+    fake_run(monkeypatch, train)
+    assert main(["train", "geneval-scenes"]) == code
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ")
+    assert message in captured.err
+    assert "Traceback" not in captured.err
+    assert captured.out == ""
+
+
+@pytest.mark.parametrize("raised", [ZeroDivisionError(), OSError(5, "I/O error")])
+def test_unexpected_exceptions_keep_their_traceback(monkeypatch, raised):
+    def train(loaded, run_dir, progress):
+        raise raised
+
+    fake_run(monkeypatch, train)
+    with pytest.raises(type(raised)):
+        main(["train", "geneval-scenes"])
+
+
+# --- recipes -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["geneval-scenes", "geneval-scenes-full", "blip3o-next-3b/grpo-geneval"]
+)
+def test_new_copies_comments_and_changes_nothing_but_the_name(name, tmp_path, capsys):
+    assert main(["new", name, "sub/mine.yaml"]) == 0
+    assert "wrote sub/mine.yaml" in capsys.readouterr().out
+    copy, original = load_recipe("sub/mine.yaml"), load_recipe(name)
+    assert copy.recipe == original.recipe.model_copy(update={"name": "mine"})
+    first = original.files[0].read_text().splitlines()[0]
+    assert (tmp_path / "sub/mine.yaml").read_text().startswith(first)
+
+
+def test_new_never_overwrites(tmp_path, capsys):
+    (tmp_path / "mine.yaml").write_text("precious")
+    assert main(["new", "geneval-scenes", "mine.yaml"]) == 2
+    assert (tmp_path / "mine.yaml").read_text() == "precious"
+    assert main(["new", "geneval-scenes", "mine.txt"]) == 2
+    assert main(["new", "mine2.yaml", "geneval-scenes"]) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_ls_shows_recipes_with_what_they_are(capsys):
+    assert main(["ls"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("geneval-scenes ")
+    assert "GRPO with LoRA" in lines[0]
+
+
+def test_check_shows_every_value_and_its_origin(capsys):
+    assert main(["check", "geneval-scenes-full", "train.steps=40"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["steps", "40", "override"] in lines
+    assert ["learning_rate", "0.0002", "recipes/geneval-scenes-full.yaml:12"] in lines
+    assert ["weight_decay", "0.0", "default"] in lines
+    assert lines[-1] == ["ok"]
+
+
+def test_check_as_json(capsys):
+    assert main(["check", "geneval-scenes", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["valid"] is True
+    assert facts["recipe"]["train"]["steps"] == 80
+    assert facts["provenance"]["policy.path"].startswith("recipes/geneval-scenes.yaml:")
+
+
+def test_check_of_a_wrong_recipe_ends_with_2(tmp_path, capsys):
+    (tmp_path / "bad.yaml").write_text("extends: geneval-scenes\ntrain:\n  stepz: 3\n")
+    assert main(["check", "bad.yaml"]) == 2
+    captured = capsys.readouterr()
+    assert "bad.yaml:3  train.stepz = 3" in captured.err
+    assert "did you mean `steps`" in captured.err
+    assert main(["check", "bad.yaml", "--json"]) == 2
+    (problem,) = json.loads(capsys.readouterr().out)["problems"]
+    assert (problem["where"], problem["key"]) == ("bad.yaml:3", "train.stepz")
+
+
+def test_schema_is_json_and_can_be_written(tmp_path, capsys):
+    assert main(["schema"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert main(["schema", "--out", "recipe.schema.json"]) == 0
+    assert json.loads((tmp_path / "recipe.schema.json").read_text()) == printed
+
+
+# --- plan --------------------------------------------------------------------------------------
+
+
+def test_plan_counts_work_and_reads_sizes_without_torch(small_policy):
+    arguments = [
+        "plan", "geneval-scenes", f"policy.path={small_policy}", "train.steps=10", "save.every=4",
+        "policy.lora.rank=2", "policy.lora.targets=[q_proj, v_proj]",
+    ]  # fmt: skip
+    code = "import sys; from cli.main import main; code = main(); "
+    code += "assert 'torch' not in sys.modules; sys.exit(code)"
+    result = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"PYTHONPATH": str(ROOT), "PATH": ""},
+        cwd=small_policy.parent,
+    )
+    text = " ".join(result.stdout.split())
+    images = 10 * 12 * 12
+    assert f"images {images:,} (12 prompts x 12 a step)" in text
+    assert f"image tokens {images * 4:,} " in text
+    assert f"{images * 6 * 2:,} passes" in text  # six steps, with and without condition
+    assert f"ar {50 * 8 + 16 * 8 + 4 * 8 + 8} parameters" in text
+    assert f"trained {2 * (16 + 8) + 2 * (4 + 8)} (adapters" in text
+    assert "3 written, the newest 2 kept" in text  # steps 4, 8 and the last
+    assert not (small_policy.parent / "runs").exists()
+
+
+def test_plan_names_what_is_wrong_with_the_policy(small_policy, capsys):
+    def error_of(*more):
+        code = main(["plan", "geneval-scenes", f"policy.path={small_policy}", *more])
+        return code, capsys.readouterr().err
+
+    code, message = error_of("policy.lora.targets=[q_porj]")
+    assert code == 2
+    assert "did you mean `q_proj`" in message
+    (small_policy / "vae" / "model.safetensors").write_bytes(b"\xff" * 20)
+    code, message = error_of()
+    assert code == 1
+    assert "vae/model.safetensors is damaged" in message
+    (small_policy / "policy.json").unlink()
+    code, message = error_of()
+    assert code == 2
+    assert "no policy.json" in message
+
+
+# --- runs --------------------------------------------------------------------------------------
+
+
+def test_train_hands_over_the_recipe_and_says_what_comes_next(monkeypatch, capsys):
+    seen = []
+
+    def train(loaded, run_dir, progress):
+        progress.start("train", 2)
+        progress.advance("train", reward=0.25)
+        progress.finish("train")
+        seen.append((loaded.recipe.train.steps, run_dir))
+
+    fake_run(monkeypatch, train)
+    assert main(["train", "geneval-scenes", "train.steps=2"]) == 0
+    assert main(["train", "geneval-scenes", "train.steps=3", "--out", "elsewhere"]) == 0
+    assert seen == [(2, Path("runs/geneval-scenes")), (3, Path("elsewhere"))]
+    captured = capsys.readouterr()
+    assert "train 1/2  reward 0.25" in captured.err
+    assert "runs/geneval-scenes/policy" in captured.out
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("recipe.yaml", "atelier resume runs/geneval-scenes"),
+        ("policy/policy.json", "finished run"),
+        ("notes.txt", "not empty"),
+    ],
+)
+def test_train_never_uses_a_folder_twice(monkeypatch, capsys, tmp_path, file, message):
+    place = tmp_path / "runs/geneval-scenes" / file
+    place.parent.mkdir(parents=True)
+    place.touch()
+
+    def train(*_):
+        raise AssertionError
+
+    fake_run(monkeypatch, train)
+    assert main(["train", "geneval-scenes"]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "--out runs/geneval-scenes-2" in error
+
+
+def test_resume_needs_a_run(monkeypatch, capsys, tmp_path):
+    seen = []
+    fake_run(monkeypatch, lambda loaded, run_dir, progress: seen.append(run_dir))
+    assert main(["resume", "runs/x"]) == 2
+    assert "not a run" in capsys.readouterr().err
+    (tmp_path / "runs/x").mkdir(parents=True)
+    (tmp_path / "runs/x/recipe.yaml").touch()
+    assert main(["resume", "runs/x"]) == 0
+    assert seen == [Path("runs/x")]
+
+
+def test_sample_draws_a_sheet_that_says_how_it_was_made(monkeypatch, small_policy, tmp_path):
+    calls = []
+
+    class Policy:
+        @classmethod
+        def from_pretrained(cls, folder):
+            assert folder == small_policy
+            return cls()
+
+        def generate(self, prompts, **settings):
+            calls.append((prompts, settings))
+            color = (0, 0, 255) if "blue" in prompts[0] else (255, 0, 0)
+            return [Image.new("RGB", (48, 48), color) for _ in prompts]
+
+    module = types.ModuleType("policy")
+    module.Policy = Policy
+    monkeypatch.setitem(sys.modules, "policy", module)
+    prompts = ["a photo of a red circle", "a <b>blue</b> ring " + "very " * 40 + "far"]
+    arguments = ["sample", str(small_policy), *prompts, "-n", "3", "--seed", "5", "--guidance", "2"]
+    assert main(arguments) == 0
+    assert main([*arguments[:2], *reversed(prompts), *arguments[4:], "--out", "other.png"]) == 0
+    assert main(arguments) == 0
+    assert (tmp_path / "sample-2.png").is_file()
+
+    seeds = {tuple(prompts): settings["seed"] for prompts, settings in calls}
+    assert len(seeds) == 2  # a prompt keeps its seed wherever it stands
+    assert len(set(seeds.values())) == 2
+    assert calls[0][1]["guidance"] == 2
+    with Image.open(tmp_path / "sample.png") as sheet:
+        facts = json.loads(sheet.text["atelier"])
+        pixels = [sheet.getpixel((60, y)) for y in range(sheet.height)]
+    assert (facts["prompts"], facts["seed"], facts["n"]) == (prompts, 5, 3)
+    assert pixels.count((255, 0, 0)) == pixels.count((0, 0, 255)) == 144  # 48 px, enlarged 3 times
+    assert pixels.index((255, 0, 0)) < pixels.index((0, 0, 255))
+    assert main(["sample", str(small_policy), "x", "--out", "x.jpg"]) == 2

@@ -1,0 +1,215 @@
+"""The report folder: what it contains, that it is self-contained, and that text stays text."""
+
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from eval_stand_in import StandInPolicy, toy_suite
+from PIL import Image
+
+from common.errors import RunError
+from evals.report import build_report, format_signed, json_block, markdown_text
+from evals.results import load_results
+from evals.run import evaluate
+from evals.suites import Metric
+from evals.training_curves import line_chart, load_training, nice_ticks
+
+EVIL = "<script>alert(1)</script>"
+
+
+class Page(HTMLParser):
+    """Collects what a browser would load, run or show."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.scripts: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        inside = self.elements[-1] if self.elements else ("", {})
+        (self.scripts if inside[0] == "script" else self.texts).append(data)
+
+
+def results(folder: Path, error: float = 0.5, **options: object) -> Path:
+    """An evaluation whose prompts, reasons and names try to break out of the page."""
+    suite = toy_suite(6)
+    records = [dict(record, prompt=f"{EVIL} & {record['prompt']}") for record in suite.records]
+    for record in records:
+        record["metadata"] = {**record["metadata"], "tag": f"{record['metadata']['tag']}{EVIL}"}
+    suite = replace(
+        suite,
+        records=tuple(records),
+        title=f"Suite {EVIL}",
+        score=lambda image, record: replace(
+            toy_suite(1).score(image, record), reason=f"</script>{EVIL}"
+        ),
+    )
+    policy = StandInPolicy(toy_suite(6).records, error)
+    clean = {r["prompt"]: m["metadata"] for r, m in zip(records, toy_suite(6).records, strict=True)}
+    policy.metadata = clean
+    facts = {"seeds": 2, "weights": f"hash-{folder.name}", "name": f"{folder.name}{EVIL}"}
+    evaluate(policy, suite, folder, **(facts | {"command": f"atelier eval {EVIL}"} | options))
+    return folder
+
+
+def training_run(folder: Path) -> Path:
+    folder.mkdir()
+    seconds = {"rollout": 1.0, "update": 3.0}
+    rows = [
+        {"step": s, "reward": 0.3 + 0.01 * s, "kl": 0.001 * s, "seconds": seconds}
+        for s in range(1, 41)
+    ]
+    held_out = [
+        {"event": "eval", "step": s, "strict": v} for s, v in ((1, 0.5), (20, 0.6), (40, 0.4))
+    ]
+    lines = [json.dumps(row) for row in [*rows, *held_out]]
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    (folder / "recipe.yaml").write_text(f"name: {EVIL}\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("report")
+    before, after = results(folder / "a", 0.9), results(folder / "b", 0.2)
+    run = training_run(folder / "run")
+    return build_report(
+        [before, after], folder / "out", run, command=f"atelier report {EVIL}"
+    ).parent
+
+
+def test_nothing_untrusted_becomes_markup(report: Path) -> None:
+    text = (report / "report.html").read_text()
+    assert "<script>alert" not in text
+    page = Page(text)
+    scripts = [attributes for tag, attributes in page.elements if tag == "script"]
+    # our own script and the gallery's JSON, and no more
+    assert [s.get("type") for s in scripts] == ["application/json", None]
+    assert any(EVIL in shown for shown in page.texts)
+
+
+def test_gallery_data_survives_and_holds_the_prompts(report: Path) -> None:
+    page = Page((report / "report.html").read_text())
+    data = json.loads(page.scripts[0])
+    assert len(data["prompts"]) == 6
+    assert all(prompt["prompt"].startswith(EVIL) for prompt in data["prompts"])
+    assert all(len(prompt["seeds"]) == 2 for prompt in data["prompts"])
+    assert f"</script>{EVIL}" in data["strings"]
+
+
+def test_page_loads_nothing_from_elsewhere(report: Path) -> None:
+    text = (report / "report.html").read_text()
+    for _, attributes in Page(text).elements:
+        for name in ("src", "href", "srcset", "action"):
+            assert (attributes.get(name) or "#").startswith("#")
+    assert not re.search(r"@import|url\(", text)
+    assert "default-src 'none'" in text
+
+
+def test_every_picture_is_in_the_folder_untouched(report: Path) -> None:
+    for column, name in enumerate(("a", "b")):
+        samples = load_results(report.parent / name).samples
+        for position, sample in enumerate(samples):
+            copied = report / "images" / f"0-{column}" / f"{position // 2}-{position % 2}.webp"
+            assert copied.read_bytes() == (report.parent / name / sample["image"]).read_bytes()
+
+
+def test_both_forms_state_the_numbers_of_the_results(report: Path) -> None:
+    for name in ("a", "b"):
+        facts = json.loads((report.parent / name / "results.json").read_text())
+        percent = f"{100 * facts['overall']['strict']['mean']:.1f}\u2009%"
+        for file in ("report.html", "report.md"):
+            text = (report / file).read_text()
+            assert percent in text
+            assert f"hash-{name}" in text.replace("\\", "")
+
+
+def test_markdown_has_no_markup_of_strangers(report: Path) -> None:
+    text = (report / "report.md").read_text()
+    blocks = re.findall(r"^    .*$", text, flags=re.M)  # commands stand in code blocks
+    for block in blocks:
+        text = text.replace(block, "")
+    assert "<script>" not in text
+
+
+def test_curves_that_part_ways_are_pointed_out(report: Path) -> None:
+    assert "part ways" in (report / "report.html").read_text()
+
+
+def test_stage_shares(tmp_path: Path) -> None:
+    training = load_training(training_run(tmp_path / "run"))
+    assert training.stages == [("rollout", 1.0, 25.0), ("update", 3.0, 75.0)]
+    assert training.steps == 40
+
+
+def test_one_result_alone(tmp_path: Path) -> None:
+    page = build_report([results(tmp_path / "a")], tmp_path / "out").read_text()
+    assert "Improved" not in page
+    assert "Failed" in page
+
+
+def test_a_report_is_replaced_and_other_folders_are_not(tmp_path: Path) -> None:
+    folder = results(tmp_path / "a")
+    build_report([folder], tmp_path / "out")
+    (tmp_path / "out" / "images" / "stale.webp").write_bytes(b"old")
+    build_report([folder], tmp_path / "out")
+    assert not (tmp_path / "out" / "images" / "stale.webp").exists()
+    with pytest.raises(RunError, match="other files"):
+        build_report([folder], folder)
+    assert load_results(folder).samples
+
+
+def test_large_pictures_become_thumbnails(tmp_path: Path) -> None:
+    folder = results(tmp_path / "a")
+    first = folder / load_results(folder).samples[0]["image"]
+    Image.new("RGB", (1024, 768), "red").save(first)
+    build_report([folder], tmp_path / "out")
+    with Image.open(tmp_path / "out" / "images" / "0-0" / "0-0.webp") as thumbnail:
+        assert thumbnail.size == (512, 384)
+
+
+def test_run_without_steps_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    with pytest.raises(RunError, match=r"metrics\.jsonl"):
+        load_training(tmp_path / "run")
+
+
+def test_differences_of_rates_are_points_with_a_true_minus() -> None:
+    assert format_signed(-0.125, Metric("x")) == "\u221212.5"
+    assert format_signed(0.125, Metric("x", "amount")) == "+0.125"
+
+
+def test_json_block_cannot_end_its_element() -> None:
+    block = str(json_block({"a": "</script><!--&"}))
+    assert not set("<>&") & set(block)
+    assert json.loads(block) == {"a": "</script><!--&"}
+
+
+def test_markdown_text_keeps_the_table_whole() -> None:
+    assert "\n" not in markdown_text("a\nb")
+    assert markdown_text("a|b") == "a\\|b"
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (0.0, 1.0, [0.0, 0.25, 0.5, 0.75, 1.0]),
+        (1.0, 94.0, [0, 25, 50, 75, 100]),
+        (0.38, 0.74, [0.3, 0.4, 0.5, 0.6, 0.7, 0.8]),
+    ],
+)
+def test_ticks_are_round(low: float, high: float, expected: list[float]) -> None:
+    assert nice_ticks(low, high) == pytest.approx(expected)
+
+
+def test_chart_puts_the_highest_value_on_top() -> None:
+    chart = line_chart("t", {"a": ("s1", [(0.0, 0.0), (10.0, 1.0)], False)})
+    assert chart.series[0].points == "0.0,100.0 100.0,0.0"

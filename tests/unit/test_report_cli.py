@@ -1,0 +1,62 @@
+"""The verbs `eval` and `report` as a user types them."""
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from eval_stand_in import StandInPolicy
+
+import policy
+from cli.main import main
+from evals.results import load_results
+from evals.suites import load_suite
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A policy folder whose loading gives the stand-in policy instead of a network."""
+    folder = tmp_path / "some-policy"
+    folder.mkdir()
+    (folder / "policy.json").write_text("{}")
+    painter = StandInPolicy(load_suite("geneval-scenes").records, 0.3)
+    painter.state_dict = dict  # type: ignore[attr-defined]
+    loader = SimpleNamespace(from_pretrained=lambda path: painter)
+    monkeypatch.setattr(policy, "Policy", loader, raising=False)
+    monkeypatch.chdir(tmp_path)
+    return folder
+
+
+def test_eval_then_report(
+    stand_in: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for out in ("results/a", "results/b"):
+        words = ["eval", str(stand_in), "--seeds", "2", "--limit", "12", "--out", out]
+        monkeypatch.setattr(sys, "argv", ["atelier", *words])
+        assert main(words) == 0
+    shown = capsys.readouterr().out
+    assert "overall" in shown
+    assert "atelier report results/b" in shown
+    result = load_results("results/a")
+    assert result.results["images"] == 24
+    assert result.results["command"].startswith("atelier eval ")
+    assert main(["report", "results/a", "results/b", "--out", "page"]) == 0
+    assert Path("page/report.html").is_file()
+    assert Path("page/report.md").is_file()
+
+
+def test_unknown_suite_fails_before_the_policy_is_loaded(
+    stand_in: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["eval", str(stand_in), "--suite", "geneval-scene"]) != 0
+    assert "geneval-scenes" in capsys.readouterr().err
+
+
+def test_report_of_nothing_names_the_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["report", str(tmp_path / "none"), "--out", str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    assert "none" in error
+    assert "atelier eval" in error
+    assert not (tmp_path / "out").exists()

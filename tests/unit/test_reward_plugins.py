@@ -1,0 +1,197 @@
+"""Finding and calling reward functions: names, files, entry points, arguments, columns."""
+
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from common.errors import RewardError
+from rewards import list_rewards, load_reward, reward
+
+PICTURES = [Image.new("RGB", (4, 4)) for _ in range(2)]
+PROMPTS = ["a", "b"]
+
+
+def write(folder, text, name="mine.py"):
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+def test_importing_rewards_is_light():
+    code = (
+        "import sys, rewards; rewards.list_rewards(); heavy = {'torch', 'cv2', 'rapidocr', "
+        "'onnxruntime', 'transformers', 'numpy'}; print(sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_scoring_needs_no_torch():
+    code = (
+        "import sys; from PIL import Image; from rewards import load_reward\n"
+        "md = {'tag': 'x', 'include': [{'class': 'circle', 'count': 1}]}\n"
+        "[score] = load_reward('geneval')([Image.new('RGB', (48, 48))], ['p'], metadata=[md])\n"
+        "print(score.value)\n"
+        "print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["0.0", "False"]
+
+
+def test_only_declared_columns_are_passed():
+    @reward(name="p_declared")
+    def declared(images, metadata, scale=1.0):
+        return [m * scale for m in metadata]
+
+    call = load_reward("p_declared", scale=3)
+    assert call(PICTURES, PROMPTS, metadata=[1, 2], prompt_id=["x", "y"]) == [3, 6]
+
+
+def test_a_column_fills_a_parameter_that_has_a_default_and_an_argument_outranks_it():
+    @reward(name="p_default")
+    def with_default(images, target=0):
+        return target
+
+    assert load_reward("p_default")(PICTURES, PROMPTS, target=[1, 2]) == [1, 2]
+    assert load_reward("p_default", target=7)(PICTURES, PROMPTS, target=[1, 2]) == 7
+
+
+def test_double_star_receives_all_columns():
+    @reward(name="p_all")
+    def everything(prompts, **columns):
+        return sorted(columns)
+
+    assert load_reward("p_all")(PICTURES, PROMPTS, metadata=[1, 2], tag=[3, 4]) == [
+        "images",
+        "metadata",
+        "tag",
+    ]
+
+
+def test_a_trl_reward_function_works_unchanged(tmp_path):
+    path = write(
+        tmp_path,
+        "def size_reward(prompts, completions, **kwargs):\n"
+        "    return [c.width + len(p) for p, c in zip(prompts, completions)]\n",
+    )
+    call = load_reward(f"{path}:size_reward")
+    assert call.name == "size_reward"
+    assert call(PICTURES, PROMPTS, metadata=[1, 2]) == [5, 5]
+
+
+def test_a_misspelt_argument_is_refused_even_with_double_star():
+    @reward(name="p_args")
+    def with_args(images, target=0.5, **columns):
+        return [target]
+
+    with pytest.raises(RewardError, match=r"`tarjet`.*`target`"):
+        load_reward("p_args", tarjet=1)
+    with pytest.raises(RewardError, match="`images`"):
+        load_reward("p_args", images=1)
+
+
+def test_a_positional_only_parameter_is_refused():
+    @reward(name="p_positional")
+    def positional(images, /):
+        return []
+
+    with pytest.raises(RewardError, match="by position"):
+        load_reward("p_positional")
+
+
+def test_names():
+    assert {"geneval", "ocr"} <= set(list_rewards())
+    with pytest.raises(RewardError, match=r"`genevall`.*`geneval`"):
+        load_reward("genevall")
+    with pytest.raises(RewardError, match="twice"):
+
+        @reward(name="geneval")
+        def mine(images):
+            return []
+
+
+def test_defining_a_reward_again_replaces_it_but_another_may_not_take_its_name():
+    def define(value):
+        @reward(name="p_again")
+        def again(images):
+            return value
+
+    define(1)
+    define(2)
+    assert load_reward("p_again")(PICTURES, PROMPTS) == 2
+    with pytest.raises(RewardError, match="twice"):
+
+        @reward(name="p_again")
+        def other(images):
+            return 3
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def test_a_file_is_read_again_after_an_edit(tmp_path):
+    path = write(tmp_path, "def f(images):\n    return 1\n")
+    assert load_reward(f"{path}:f")(PICTURES, PROMPTS) == 1
+    assert load_reward(f"{path}:f").function is load_reward(f"{path}:f").function
+    write(tmp_path, "def f(images):\n    return 2\n")
+    assert load_reward(f"{path}:f")(PICTURES, PROMPTS) == 2
+
+
+def test_a_decorated_function_in_a_file_keeps_its_name_and_traits(tmp_path):
+    path = write(
+        tmp_path,
+        "from rewards import reward\n"
+        "@reward(name='p_file', whole_batch=True)\n"
+        "def f(images):\n    return [1.0]\n",
+    )
+    for _ in range(2):
+        call = load_reward(f"{path}:f")
+        assert (call.name, call.whole_batch) == ("p_file", True)
+    assert load_reward("p_file")(PICTURES, PROMPTS) == [1.0]
+
+
+def test_two_files_of_one_name_are_two_modules(tmp_path):
+    for value in (1, 2):
+        (tmp_path / str(value)).mkdir()
+        write(tmp_path / str(value), f"def f(images):\n    return {value}\n")
+    calls = [load_reward(f"{tmp_path}/{value}/mine.py:f") for value in (1, 2)]
+    assert [call(PICTURES, PROMPTS) for call in calls] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "word"),
+    [
+        ("def warmth(images): pass", "warmht", "`warmth`"),
+        ("warmth = 3", "warmth", "not a function"),
+        ("class warmth: pass", "warmth", "class"),
+        ("1 / 0", "warmth", "ZeroDivisionError"),
+        ("def (", "warmth", "SyntaxError"),
+    ],
+)
+def test_a_bad_file_is_explained(tmp_path, text, name, word):
+    path = write(tmp_path, text)
+    with pytest.raises(RewardError, match=word):
+        load_reward(f"{path}:{name}")
+
+
+def test_a_missing_file_is_named():
+    with pytest.raises(RewardError, match=r"nowhere\.py.*Fix"):
+        load_reward("nowhere.py:f")
+
+
+# --- entry points ---------------------------------------------------------------------------------
+
+
+def test_an_installed_package_offers_rewards(tmp_path, monkeypatch):
+    write(tmp_path, "def plug(images):\n    return [0.25] * len(images)\n", "p_package.py")
+    info = tmp_path / "p_package-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: p-package\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[atelier.rewards]\np_plug = p_package:plug\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert "p_plug" in list_rewards()
+    call = load_reward("p_plug")
+    assert call.name == "p_plug"
+    assert call(PICTURES, PROMPTS) == [0.25, 0.25]

@@ -1,0 +1,450 @@
+"""The runner: no reward and no picture may spoil another's score."""
+
+import asyncio
+import logging
+import math
+import threading
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from common.errors import RewardError
+from rewards import Score, reward
+from rewards.checks import try_rewards
+from rewards.runner import RewardRunner, RewardSpec
+
+
+def grey(level):
+    return Image.new("RGB", (8, 8), (level, level, level))
+
+
+def level(image):
+    return image.getpixel((0, 0))[0]
+
+
+PICTURES = [grey(i) for i in range(6)]
+PROMPTS = [f"prompt {i}" for i in range(6)]
+
+
+@reward(name="t_level")
+def t_level(images, prompts):
+    return [float(level(image)) for image in images]
+
+
+def run(*specs, images=PICTURES, prompts=None, columns=None, **options):
+    prompts = PROMPTS[: len(images)] if prompts is None else prompts
+    with RewardRunner(specs, **options) as runner:
+        return runner.score(images, prompts, columns or {})
+
+
+def parts(scored, name):
+    return [s.parts[name] for s in scored]
+
+
+def test_weights_parts_and_order():
+    @reward(name="t_length")
+    def length(prompts):
+        return [len(p) for p in prompts]
+
+    specs = RewardSpec("t_level", weight=2), RewardSpec("t_length", weight=-0.5)
+    scored = run(*specs, batch_size=4)
+    assert parts(scored, "t_level") == [0, 1, 2, 3, 4, 5]
+    assert parts(scored, "t_length") == [8] * 6
+    assert [s.total for s in scored] == [2 * i - 4 for i in range(6)]
+    assert all(not s.reasons for s in scored)
+
+
+def test_a_weight_of_zero_is_logged_and_not_counted():
+    @reward(name="t_nothing")
+    def nothing(images):
+        return [None for _ in images]
+
+    scored = run(RewardSpec("t_level"), RewardSpec("t_nothing", weight=0))
+    assert [s.total for s in scored] == [0, 1, 2, 3, 4, 5]
+    assert parts(scored, "t_nothing") == [None] * 6
+
+
+def test_the_total_is_none_where_a_weighted_part_is():
+    @reward(name="t_some")
+    def some(images):
+        return [None if level(x) == 2 else 1.0 for x in images]
+
+    scored = run(RewardSpec("t_level"), RewardSpec("t_some"))
+    assert [s.total for s in scored] == [1, 2, None, 4, 5, 6]
+    assert scored[2].parts == {"t_level": 2.0, "t_some": None}
+    assert "t_some" in scored[2].reasons
+
+
+def test_the_same_reward_twice_has_two_names():
+    assert list(run(RewardSpec("t_level"), RewardSpec("t_level"))[0].parts) == [
+        "t_level",
+        "t_level#2",
+    ]
+
+
+def test_details_and_reasons_reach_the_caller():
+    @reward(name="t_told")
+    def told(images):
+        return [Score(1.0, "as asked", {"seen": level(x)}) for x in images]
+
+    scored = run(RewardSpec("t_told"))
+    assert scored[3].reasons == {"t_told": "as asked"}
+    assert scored[3].details == {"t_told": {"seen": 3}}
+
+
+# --- garbage --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("garbage", "word"),
+    [
+        (math.nan, "nan"),
+        (math.inf, "inf"),
+        (-math.inf, "-inf"),
+        ("0.5", "str"),
+        ([0.5], "list"),
+        (1j, "complex"),
+        (10**400, "too large"),
+        (Score(math.nan), "nan"),
+        (Score("high"), "str"),
+        (np.float32("nan"), "nan"),
+        (np.zeros(1), "ndarray"),
+        (Score(None, "no face in sight"), "no face in sight"),
+        (None, "None"),
+    ],
+)
+def test_garbage_for_one_picture_costs_only_its_score(garbage, word, caplog):
+    @reward(name="t_garbage")
+    def garbled(images):
+        return [garbage if level(x) == 1 else 0.25 for x in images]
+
+    with caplog.at_level(logging.WARNING, "atelier.rewards"):
+        scored = run(RewardSpec("t_level"), RewardSpec("t_garbage"))
+    assert parts(scored, "t_garbage") == [0.25, None, 0.25, 0.25, 0.25, 0.25]
+    assert word in scored[1].reasons["t_garbage"]
+    assert parts(scored, "t_level") == [0, 1, 2, 3, 4, 5]
+    assert "t_garbage" in caplog.text
+    assert "1 of 6" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda n: [0.5] * n,
+        lambda n: (0.5,) * n,
+        lambda n: [np.float64(0.5)] * n,
+        lambda n: [np.array(0.5)] * n,
+        lambda n: np.full(n, 0.5, np.float32),
+    ],
+)
+def test_lists_tuples_arrays_and_scalars_of_numpy_are_scores(made):
+    @reward(name="t_made")
+    def t_made(images):
+        return made(len(images))
+
+    scored = run(RewardSpec("t_made"))
+    assert parts(scored, "t_made") == [0.5] * 6
+    assert all(type(value) is float for value in parts(scored, "t_made"))
+
+
+def test_true_and_false_are_one_and_zero():
+    @reward(name="t_bool")
+    def t_bool(images):
+        return [level(x) > 2 for x in images]
+
+    assert parts(run(RewardSpec("t_bool")), "t_bool") == [0, 0, 0, 1, 1, 1]
+
+
+@pytest.mark.parametrize("returned", [None, 0.5, {}, [], [1.0] * 5, [1.0] * 7])
+def test_a_wrong_return_value_or_length_is_none_for_all(returned):
+    @reward(name="t_wrong")
+    def wrong(images):
+        return returned
+
+    scored = run(RewardSpec("t_level"), RewardSpec("t_wrong"))
+    assert parts(scored, "t_wrong") == [None] * 6
+    assert parts(scored, "t_level") == [0, 1, 2, 3, 4, 5]
+    assert all("returned" in s.reasons["t_wrong"] for s in scored)
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError("oops"), SystemExit(3), StopIteration()])
+def test_a_picture_that_raises_costs_only_its_own_score(error):
+    calls = []
+
+    @reward(name="t_raises")
+    def raises(images):
+        calls.append(len(images))
+        if any(level(x) == 4 for x in images):
+            raise error
+        return [0.5] * len(images)
+
+    scored = run(RewardSpec("t_raises"), RewardSpec("t_level"), batch_size=3)
+    assert parts(scored, "t_raises") == [0.5] * 4 + [None, 0.5]
+    assert parts(scored, "t_level") == [0, 1, 2, 3, 4, 5]
+    # Two batches of three, then the pictures of the failed one singly, each once.
+    assert calls == [3, 3, 1, 1, 1]
+
+
+def test_the_reason_names_error_and_line():
+    @reward(name="t_line")
+    def line(images):
+        raise KeyError("gone")
+
+    reason = run(RewardSpec("t_line"))[0].reasons["t_line"]
+    assert "KeyError: 'gone'" in reason
+    assert "test_reward_runner.py:" in reason
+
+
+def test_a_reward_of_the_whole_batch_is_called_once_with_all_of_it():
+    calls = []
+
+    @reward(name="t_whole", whole_batch=True)
+    def whole(images):
+        calls.append(len(images))
+        raise ValueError("no")
+
+    scored = run(RewardSpec("t_whole"), batch_size=2)
+    assert calls == [6]
+    assert parts(scored, "t_whole") == [None] * 6
+
+
+def test_pictures_and_columns_are_private_to_each_reward():
+    @reward(name="t_vandal")
+    def vandal(images, prompts, metadata, boxes):
+        for image in images:
+            image.paste((99, 99, 99), (0, 0, 8, 8))
+        images.clear()
+        prompts.clear()
+        for entry in metadata:
+            entry["include"].append("graffiti")
+        boxes[0][0] = 99
+        return [0.0] * 6
+
+    @reward(name="t_late")
+    def late(images, prompts, metadata, boxes):
+        time.sleep(0.2)
+        ok = [
+            len(m["include"]) == 1 and int(b[0]) == 1 for m, b in zip(metadata, boxes, strict=True)
+        ]
+        return [level(x) if fine else -1 for x, fine in zip(images, ok, strict=True)]
+
+    metadata = [{"include": ["circle"]} for _ in range(6)]
+    boxes = [np.ones(2) for _ in range(6)]
+    pictures = [grey(i) for i in range(6)]
+    scored = run(
+        RewardSpec("t_vandal"),
+        RewardSpec("t_late"),
+        images=pictures,
+        columns={"metadata": metadata, "boxes": boxes},
+    )
+    assert parts(scored, "t_late") == [0, 1, 2, 3, 4, 5]
+    assert [level(x) for x in pictures] == [0, 1, 2, 3, 4, 5]
+    assert metadata == [{"include": ["circle"]}] * 6
+
+
+def test_a_picture_that_cannot_be_read_costs_only_its_own_score(tmp_path):
+    path = tmp_path / "torn.png"
+    Image.effect_noise((64, 64), 90).save(path)
+    path.write_bytes(path.read_bytes()[:1500])
+    seen = []
+
+    @reward(name="t_seen")
+    def t_seen(images):
+        seen.append(len(images))
+        return [1.0] * len(images)
+
+    scored = run(RewardSpec("t_seen"), images=[grey(0), Image.open(path), "a.png", grey(3)])
+    assert parts(scored, "t_seen") == [1.0, None, None, 1.0]
+    assert "cannot be read" in scored[1].reasons["t_seen"]
+    assert "str" in scored[2].reasons["t_seen"]
+    assert seen == [2]
+
+
+# --- time -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def release():
+    """Lets hanging rewards end when the test does."""
+    event = threading.Event()
+    yield event
+    event.set()
+
+
+def test_a_picture_that_hangs_costs_only_its_own_score(release):
+    @reward(name="t_hangs")
+    def hangs(images):
+        if any(level(x) == 2 for x in images):
+            release.wait(30)
+        return [0.5] * len(images)
+
+    start = time.perf_counter()
+    scored = run(RewardSpec("t_hangs", timeout_s=0.3), RewardSpec("t_level"))
+    assert time.perf_counter() - start < 5
+    assert parts(scored, "t_hangs") == [0.5, 0.5, None, 0.5, 0.5, 0.5]
+    assert "0.3 s" in scored[2].reasons["t_hangs"]
+    assert parts(scored, "t_level") == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_reward_that_always_hangs_is_given_up_and_taken_back_when_its_calls_return(release):
+    calls = []
+
+    @reward(name="t_stuck")
+    def stuck(images):
+        calls.append(len(images))
+        release.wait(30)
+        return [0.5] * len(images)
+
+    with RewardRunner([RewardSpec("t_stuck", timeout_s=0.2)]) as runner:
+        start = time.perf_counter()
+        assert parts(runner.score(PICTURES, PROMPTS), "t_stuck") == [None] * 6
+        assert len(calls) == 3
+        again = runner.score(PICTURES, PROMPTS)
+        assert time.perf_counter() - start < 5
+        assert len(calls) == 3
+        assert "not come back" in again[0].reasons["t_stuck"]
+        release.set()
+        time.sleep(0.3)
+        assert parts(runner.score(PICTURES, PROMPTS), "t_stuck") == [0.5] * 6
+
+
+def test_async_rewards_run_together_and_a_hanging_one_is_cancelled():
+    cancelled = []
+
+    @reward(name="t_async")
+    async def waits(images):
+        await asyncio.sleep(0.4)
+        return [0.5] * len(images)
+
+    @reward(name="t_never")
+    async def never(images):
+        if not any(level(x) == 1 for x in images):
+            return [0.5] * len(images)
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            cancelled.append(True)
+            raise
+
+    start = time.perf_counter()
+    scored = run(
+        RewardSpec("t_async", timeout_s=5), RewardSpec("t_never", timeout_s=0.3), batch_size=1
+    )
+    assert time.perf_counter() - start < 2  # six calls of 0.4 s, side by side
+    assert parts(scored, "t_async") == [0.5] * 6
+    assert parts(scored, "t_never") == [0.5, None] + [0.5] * 4
+    assert cancelled == [True]
+
+
+def test_an_async_reward_that_blocks_its_thread_is_left_behind(release):
+    @reward(name="t_blocks")
+    async def blocks(images):
+        release.wait(30)
+        return [0.5] * len(images)
+
+    start = time.perf_counter()
+    scored = run(RewardSpec("t_blocks", timeout_s=0.2), RewardSpec("t_level"), images=PICTURES[:2])
+    assert time.perf_counter() - start < 5
+    assert parts(scored, "t_blocks") == [None, None]
+    assert parts(scored, "t_level") == [0, 1]
+
+
+def test_an_async_reward_keeps_its_event_loop_from_call_to_call():
+    loops = []
+
+    @reward(name="t_loop")
+    async def same_loop(images):
+        loops.append(asyncio.get_running_loop())
+        return [0.5] * len(images)
+
+    with RewardRunner([RewardSpec("t_loop")]) as runner:
+        for _ in range(3):
+            runner.score(PICTURES, PROMPTS)
+    assert len(loops) == 3
+    assert loops[0] is loops[1] is loops[2]
+
+
+def test_a_timeout_error_of_the_rewards_own_keeps_its_message():
+    @reward(name="t_server")
+    async def server(images):
+        raise TimeoutError("judge.example did not answer")
+
+    reason = run(RewardSpec("t_server"))[0].reasons["t_server"]
+    assert "judge.example" in reason
+
+
+def test_closing_leaves_no_thread():
+    before = threading.active_count()
+    run(RewardSpec("t_level"))
+    deadline = time.monotonic() + 5
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() == before
+
+
+# --- wrong use ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("spec", "word"),
+    [
+        (RewardSpec("t_level", weight=math.nan), "weight"),
+        (RewardSpec("t_level", timeout_s=0), "timeout_s"),
+        (RewardSpec("t_levl"), "t_level"),
+        (RewardSpec("t_level", args={"scale": 2}), "scale"),
+    ],
+)
+def test_wrong_specs_are_refused_before_anything_runs(spec, word):
+    with pytest.raises(RewardError, match=word):
+        RewardRunner([spec])
+
+
+def test_no_rewards_and_unequal_lengths_are_refused():
+    with pytest.raises(RewardError, match="no reward"):
+        RewardRunner([])
+    with pytest.raises(RewardError, match="prompts"):
+        run(RewardSpec("t_level"), prompts=["one"])
+    with pytest.raises(RewardError, match="metadata"):
+        run(RewardSpec("t_level"), columns={"metadata": [{}]})
+
+
+def test_no_pictures_no_scores():
+    assert run(RewardSpec("t_level"), images=[]) == []
+
+
+def test_a_missing_column_is_named():
+    @reward(name="t_needs")
+    def needs(images, caption):
+        return [1.0] * len(images)
+
+    scored = run(RewardSpec("t_needs"), columns={"metadata": [{}] * 6})
+    assert parts(scored, "t_needs") == [None] * 6
+    assert "`caption`" in scored[0].reasons["t_needs"]
+    with RewardRunner([RewardSpec("t_needs")]) as runner, pytest.raises(RewardError, match="p-1"):
+        runner.check_records([{"prompt": "x", "prompt_id": "p-1"}])
+
+
+# --- trying rewards out ---------------------------------------------------------------------------
+
+
+def test_trying_rewards_reports_problems_and_time():
+    @reward(name="t_bad")
+    def bad(images):
+        return [math.nan] * len(images)
+
+    records = [{"prompt": f"p{i}", "metadata": {"i": i}} for i in range(2)]
+    good, poor = try_rewards([RewardSpec("t_level"), RewardSpec("t_bad")], records)
+    assert (good.name, good.problems) == ("t_level", ())
+    assert good.scores[0] == 128  # the grey picture
+    assert len(good.scores) == 4
+    assert good.seconds > 0
+    assert poor.scores == (None,) * 4
+    assert len(poor.problems) == 1
+    assert "nan" in poor.problems[0]
+
+
+def test_trying_rewards_names_a_record_that_cannot_be_scored():
+    with pytest.raises(RewardError, match="p-9"):
+        try_rewards([RewardSpec("ocr")], [{"prompt": "no quotes", "prompt_id": "p-9"}])

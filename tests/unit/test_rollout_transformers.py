@@ -1,0 +1,169 @@
+"""What is special to the engine that samples from the trainer's own module."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+
+from common.errors import RunError
+from common.heavy import prepare_torchvision
+from rollout import Sampling, WeightMismatch, fingerprint_tensors
+from rollout.sync import ModelSide, verify_sync
+from rollout.transformers_engine import TransformersEngine
+from rollout.weights import merged_tensors
+
+prepare_torchvision()
+
+from peft import LoraConfig, get_peft_model  # noqa: E402
+from transformers import Qwen3Config, Qwen3ForCausalLM  # noqa: E402
+
+START, IMAGES, LENGTH = 40, 24, 9
+PROMPTS = [[1, 2, 3], [4] * 17, list(range(5, 12))]
+
+
+def tiny(**changes) -> Qwen3ForCausalLM:
+    torch.manual_seed(0)
+    values = {
+        "vocab_size": 70,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.3,
+    }
+    return Qwen3ForCausalLM(Qwen3Config(**{**values, **changes})).eval()
+
+
+def engine_of(model, **options) -> TransformersEngine:
+    return TransformersEngine(model, START, IMAGES, LENGTH, pad_id=0, **options)
+
+
+def forced_logprobs(model, batch) -> torch.Tensor:
+    rows = []
+    for prompt, completion in zip(batch.prompt_ids, batch.completion_ids, strict=True):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([prompt + completion.tolist()])).logits[0]
+        image = logits[len(prompt) - 1 : -1, START : START + IMAGES].log_softmax(-1)
+        rows.append(image.gather(1, completion[:, None] - START)[:, 0])
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4])
+@pytest.mark.parametrize("tied", [True, False])
+def test_any_grouping_of_heads_and_either_head_gives_exact_logprobs(heads, tied):
+    model = tiny(num_key_value_heads=heads, tie_word_embeddings=tied)
+    batch = engine_of(model).generate(PROMPTS, 4, Sampling(), list(range(12)))
+    torch.testing.assert_close(
+        batch.behaviour_logprobs, forced_logprobs(model, batch), atol=1e-5, rtol=0
+    )
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 3, 4, 5, 8, 11, 12])
+def test_the_micro_batch_changes_no_token(micro_batch):
+    model = tiny()
+    whole = engine_of(model).generate(PROMPTS, 4, Sampling(), list(range(12)))
+    parts = engine_of(model, micro_batch=micro_batch).generate(
+        PROMPTS, 4, Sampling(), list(range(12))
+    )
+    assert torch.equal(parts.completion_ids, whole.completion_ids)
+    torch.testing.assert_close(
+        parts.behaviour_logprobs, whole.behaviour_logprobs, atol=1e-5, rtol=0
+    )
+
+
+def test_a_single_token_completion_needs_no_second_pass():
+    engine = TransformersEngine(tiny(), START, IMAGES, 1, pad_id=0)
+    assert engine.generate(PROMPTS, 1, Sampling(), [0, 1, 2]).completion_ids.shape == (3, 1)
+
+
+def test_training_mode_and_gradient_checkpointing_do_not_spoil_the_logprobs():
+    model = tiny()
+    expected = engine_of(model).generate(PROMPTS, 2, Sampling(), list(range(6)))
+    model.train()
+    model.gradient_checkpointing_enable()
+    model.model.layers[1].eval()  # a frozen part keeps its own mode
+    batch = engine_of(model).generate(PROMPTS, 2, Sampling(), list(range(6)))
+    assert torch.equal(batch.behaviour_logprobs, expected.behaviour_logprobs)
+    assert model.training
+    assert model.model.layers[0].training
+    assert not model.model.layers[1].training
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_the_trainer_s_own_module_needs_no_copy():
+    model = tiny()
+    engine = engine_of(model)
+    with torch.no_grad():
+        model.model.norm.weight.mul_(1.5)
+    verify_sync(engine, ModelSide(model, 1, PROMPTS, START, IMAGES))
+    batch = engine.generate(PROMPTS, 1, Sampling(), [1, 2, 3])
+    torch.testing.assert_close(
+        batch.behaviour_logprobs, forced_logprobs(model, batch), atol=1e-5, rtol=0
+    )
+
+
+def with_lora(model):
+    config = LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "down_proj"])
+    wrapped = get_peft_model(model, config)
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3)
+    return wrapped.eval()
+
+
+def test_merged_tensors_are_those_of_peft_s_own_merge_and_leave_the_model_alone():
+    wrapped = with_lora(tiny())
+    reference = dict(deepcopy(wrapped).merge_and_unload().named_parameters())
+    before = {name: tensor.clone() for name, tensor in wrapped.named_parameters()}
+    merged = dict(merged_tensors(wrapped))
+    assert merged.keys() == reference.keys()
+    for name, tensor in merged.items():
+        torch.testing.assert_close(tensor, reference[name], atol=1e-6, rtol=0)
+    for name, tensor in wrapped.named_parameters():
+        assert torch.equal(tensor, before[name])
+    q_proj = "model.layers.0.self_attn.q_proj.weight"
+    assert not torch.equal(merged[q_proj], dict(tiny().named_parameters())[q_proj])
+
+
+def test_a_disabled_adapter_is_not_merged():
+    wrapped = with_lora(tiny())
+    with wrapped.disable_adapter():
+        assert fingerprint_tensors(merged_tensors(wrapped)) == fingerprint_tensors(
+            tiny().named_parameters()
+        )
+
+
+def test_a_lora_trainer_syncs_into_a_plain_copy():
+    wrapped = with_lora(tiny())
+    verify_sync(engine_of(tiny()), ModelSide(wrapped, 1, PROMPTS, START, IMAGES))
+
+
+def test_a_lora_module_can_be_sampled_from_directly_but_not_overwritten():
+    wrapped = with_lora(tiny())
+    engine = engine_of(wrapped.get_base_model())
+    verify_sync(engine, ModelSide(wrapped, 1, PROMPTS, START, IMAGES))
+    with pytest.raises(WeightMismatch, match="LoRA inside"):
+        engine.load_weights(tiny().named_parameters(), 2)
+
+
+def test_an_adapter_applied_twice_is_caught():
+    wrapped = with_lora(tiny())
+    twice = with_lora(tiny())
+    with torch.no_grad():
+        for name, tensor in merged_tensors(wrapped):
+            owner, _, leaf = name.rpartition(".")
+            layer = twice.get_base_model().get_submodule(owner)
+            getattr(getattr(layer, "base_layer", layer), leaf).copy_(tensor)
+    with pytest.raises(WeightMismatch):
+        verify_sync(
+            engine_of(twice.get_base_model()), ModelSide(wrapped, 1, PROMPTS, START, IMAGES)
+        )
+
+
+def test_windowed_attention_is_refused():
+    with pytest.raises(RunError, match="full attention"):
+        engine_of(tiny(use_sliding_window=True, sliding_window=4, max_window_layers=1))

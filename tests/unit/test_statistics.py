@@ -1,0 +1,195 @@
+"""Intervals and tests against hand values, independent formulas and simulation."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from common.statistics import (
+    holm,
+    mean_interval,
+    minimum_detectable_effect,
+    paired_difference,
+)
+
+
+def binary_prompts(rng: np.random.Generator, prompts: int, seeds: int) -> tuple[np.ndarray, list]:
+    """Correlated 0/1 outcomes: every prompt has its own success rate, mean 0.5."""
+    rates = rng.beta(1.0, 1.0, size=prompts)
+    outcomes = rng.random((prompts, seeds)) < rates[:, None]
+    return outcomes.ravel().astype(float), [p for p in range(prompts) for _ in range(seeds)]
+
+
+def test_mean_and_counts() -> None:
+    estimate = mean_interval([1, 0, 1, 1], ["a", "a", "b", "b"], resamples=200)
+    assert estimate.mean == pytest.approx(0.75)
+    assert (estimate.clusters, estimate.samples) == (2, 4)
+
+
+def test_standard_error_of_equal_clusters_is_that_of_the_cluster_means() -> None:
+    rng = np.random.default_rng(5)
+    values = rng.normal(size=(30, 4))
+    clusters = [p for p in range(30) for _ in range(4)]
+    estimate = mean_interval(values, clusters, resamples=200)
+    expected = values.mean(axis=1).std(ddof=1) / math.sqrt(30)
+    assert estimate.standard_error == pytest.approx(expected, rel=1e-9)
+
+
+def test_overall_is_the_mean_over_tasks_not_over_pictures() -> None:
+    values = [1.0] * 2 + [0.0] * 6 + [1.0, 0.0]
+    tasks = ["few"] * 2 + ["many"] * 8
+    estimate = mean_interval(values, list(range(10)), tasks, resamples=200)
+    assert estimate.mean == pytest.approx((1.0 + 1 / 8) / 2)
+
+
+@pytest.mark.parametrize("prompts", [20, 60])
+def test_interval_covers_the_truth(prompts: int) -> None:
+    rng = np.random.default_rng(prompts)
+    runs = 500
+    covered = 0
+    for run in range(runs):
+        values, clusters = binary_prompts(rng, prompts, seeds=4)
+        estimate = mean_interval(values, clusters, resamples=600, seed=run)
+        assert estimate.low is not None
+        assert estimate.high is not None
+        covered += estimate.low <= 0.5 <= estimate.high
+    # 0.95 plus or minus three standard errors of 500 Bernoulli trials, 0.01 for finite resamples
+    assert 0.915 <= covered / runs <= 0.985
+
+
+def test_ignoring_the_clusters_would_cover_too_rarely() -> None:
+    """The simulation above can fail: with every picture its own cluster the coverage collapses."""
+    rng = np.random.default_rng(1)
+    covered = 0
+    for run in range(300):
+        values, _ = binary_prompts(rng, 40, seeds=4)
+        estimate = mean_interval(values, list(range(values.size)), resamples=400, seed=run)
+        assert estimate.low is not None
+        assert estimate.high is not None
+        covered += estimate.low <= 0.5 <= estimate.high
+    assert covered / 300 < 0.90
+
+
+def test_false_positive_rate_of_interval_and_test() -> None:
+    """Two equal policies on shared prompts: about one comparison in twenty may look different."""
+    rng = np.random.default_rng(7)
+    runs, prompts, seeds = 500, 30, 4
+    clusters = [p for p in range(prompts) for _ in range(seeds)]
+    excluded = rejected = 0
+    for run in range(runs):
+        rates = rng.beta(1.0, 1.0, size=(prompts, 1))
+        before = (rng.random((prompts, seeds)) < rates).astype(float)
+        after = (rng.random((prompts, seeds)) < rates).astype(float)
+        result = paired_difference(before, after, clusters, resamples=600, seed=run)
+        assert result.low is not None
+        assert result.high is not None
+        excluded += result.low > 0 or result.high < 0
+        rejected += result.p_value <= 0.05
+    assert 0.015 <= excluded / runs <= 0.085
+    assert 0.015 <= rejected / runs <= 0.08
+
+
+def test_power_at_the_detectable_effect() -> None:
+    """A true effect as large as the stated detectable one is found about four times in five."""
+    rng = np.random.default_rng(11)
+    prompts, runs = 40, 400
+    effect = minimum_detectable_effect(1 / math.sqrt(prompts), prompts - 1)
+    found = 0
+    for run in range(runs):
+        change = rng.normal(effect, 1.0, size=prompts)
+        result = paired_difference(
+            np.zeros(prompts), change, list(range(prompts)), resamples=500, seed=run
+        )
+        found += result.p_value <= 0.05
+    assert 0.73 <= found / runs <= 0.87
+
+
+def test_detectable_effect_of_many_prompts_is_2_80_standard_errors() -> None:
+    # 1.959964 + 0.841621, the normal quantiles of any table
+    assert minimum_detectable_effect(0.01, 10**7) == pytest.approx(0.02801585, abs=1e-6)
+
+
+def test_pairing_is_used() -> None:
+    """Prompts differ a lot, the policies by a constant: only the paired interval sees it."""
+    rng = np.random.default_rng(3)
+    before = rng.normal(0, 10, size=50)
+    after = before + 0.5 + rng.normal(0, 0.01, size=50)
+    result = paired_difference(before, after, list(range(50)), resamples=500)
+    assert result.low is not None
+    assert result.high is not None
+    assert result.mean == pytest.approx(0.5, abs=0.01)
+    assert 0.48 < result.low < result.high < 0.52
+
+
+def test_exact_sign_flip_p_value_by_enumeration() -> None:
+    change = [0.5, 0.25, -0.25, 0.75, 1.0, 0.5]
+    patterns = [
+        abs(sum(s * c for s, c in zip(signs, change, strict=True)))
+        for signs in itertools.product([-1, 1], repeat=6)
+    ]
+    expected = sum(p >= abs(sum(change)) - 1e-9 for p in patterns) / len(patterns)
+    result = paired_difference([0.0] * 6, change, list(range(6)), resamples=100)
+    assert result.p_value == pytest.approx(expected)
+
+
+def test_random_sign_flips_agree_with_enumeration() -> None:
+    rng = np.random.default_rng(2)
+    change = rng.normal(0.3, 1.0, size=12)
+    names = list(range(12))
+    exact = paired_difference(np.zeros(12), change, names, resamples=5000).p_value
+    sampled = paired_difference(np.zeros(12), change, names, resamples=4000).p_value
+    assert sampled == pytest.approx(exact, abs=0.03)
+
+
+def test_no_difference_at_all() -> None:
+    result = paired_difference([1, 0, 1], [1, 0, 1], ["a", "b", "c"], resamples=100)
+    assert (result.mean, result.low, result.high, result.p_value) == (0.0, 0.0, 0.0, 1.0)
+
+
+def test_one_prompt_has_no_interval() -> None:
+    estimate = mean_interval([1.0, 0.0], ["a", "a"])
+    assert estimate.low is None
+    assert estimate.high is None
+    assert estimate.standard_error is None
+
+
+def test_all_correct_is_not_certainty() -> None:
+    """Clopper-Pearson for 10 of 10 at 95 % two-sided: lower bound 0.6915 (Agresti's tables)."""
+    estimate = mean_interval([1.0] * 10, list(range(10)))
+    assert estimate.low == pytest.approx(0.6915, abs=1e-4)
+    assert estimate.high == 1.0
+    assert mean_interval([0.0] * 10, list(range(10))).high == pytest.approx(0.3085, abs=1e-4)
+
+
+def test_same_seed_same_interval() -> None:
+    values, clusters = binary_prompts(np.random.default_rng(0), 20, 2)
+    assert mean_interval(values, clusters, seed=4) == mean_interval(values, clusters, seed=4)
+
+
+@pytest.mark.parametrize(
+    ("values", "clusters", "message"),
+    [
+        ([], [], "no values"),
+        ([1.0, float("nan")], ["a", "b"], "NaN"),
+        ([1.0, 2.0], ["a"], "cluster names"),
+    ],
+)
+def test_bad_input(values: list[float], clusters: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        mean_interval(values, clusters)
+
+
+def test_holm_by_hand() -> None:
+    # sorted 0.005 0.01 0.03 0.04 times 4 3 2 1 = 0.02 0.03 0.06 0.04, then made non-decreasing
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
+    assert holm([]) == []
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
+def test_holm_lies_between_raw_and_bonferroni(p_values: list[float]) -> None:
+    for raw, adjusted in zip(p_values, holm(p_values), strict=True):
+        assert raw <= adjusted <= min(1.0, raw * len(p_values)) + 1e-12
