@@ -4,8 +4,6 @@ The world is 48 x 48 pixels. Objects sit on a lattice of 8 pixels, one object co
 16 x 16 pixels, and signs are plaques of 48 x 16 pixels in the middle of the picture.
 """
 
-from functools import cache
-
 import numpy as np
 
 IMAGE_SIZE = 48
@@ -58,14 +56,3 @@ def shape_coverage(label: str, center_x: float, center_y: float, size: int) -> n
     }[label]()
     cells = inside.reshape(size, _OVERSAMPLE, size, _OVERSAMPLE)
     return cells.mean(axis=(1, 3))
-
-
-@cache
-def shape_template(label: str, size: int = 14) -> np.ndarray:
-    """Return the boolean mask of a centred shape, cropped to its own extent, `size` x `size`."""
-    coverage = shape_coverage(label, BLOCK, BLOCK, 2 * BLOCK) > 0.5
-    rows, columns = np.where(coverage.any(1))[0], np.where(coverage.any(0))[0]
-    crop = coverage[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    grid_y = ((np.arange(size) + 0.5) * crop.shape[0] / size).astype(int)
-    grid_x = ((np.arange(size) + 0.5) * crop.shape[1] / size).astype(int)
-    return crop[np.ix_(grid_y, grid_x)]

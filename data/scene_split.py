@@ -1,12 +1,10 @@
 """Which combinations are held out from training, for a picture and for a prompt.
 
 A held-out pair of classes, relation of two classes, pair of coloured shapes, number of a class or
-word is in no training picture, whatever the task that the picture belongs to. Two limits:
-
-- A held-out colour of a class is in no training picture of *one* object. Training pictures of
-  several objects do show it, and captions of two coloured objects do name it.
-- `misdescribe` takes no notice of the split: a wrong caption may state a held-out combination,
-  which its picture then does not show.
+word is in no training picture, whatever the task that the picture belongs to, and pretraining never
+states one in a wrong caption either. The combination of the colours task is one object of a class
+and a colour alone in the picture: training pictures of several objects do show that class in that
+colour, because tokens that never occur in training could not be learnt.
 """
 
 from common.scene_world import OPPOSITE

@@ -1,6 +1,10 @@
 """The connector between hidden states of the language model and the diffusion head."""
 
+import json
+from pathlib import Path
+
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 
@@ -39,3 +43,22 @@ class Connector(nn.Sequential):
         """Map hidden states [B, R, hidden] to conditions [B, R, width]."""
         conditions = super().forward(input)
         return conditions if self.position is None else conditions + self.position
+
+    def save_pretrained(self, path: Path) -> None:
+        """Write config.json and model.safetensors into folder `path`."""
+        path.mkdir(parents=True, exist_ok=True)
+        linear: nn.Linear = self[0]  # type: ignore[assignment]
+        facts = {
+            "hidden_size": linear.in_features,
+            "width": linear.out_features,
+            "positions": 0 if self.position is None else len(self.position),
+        }
+        (path / "config.json").write_text(json.dumps(facts, indent=2) + "\n")
+        save_file(self.state_dict(), path / "model.safetensors")
+
+    @classmethod
+    def from_pretrained(cls, path: Path) -> "Connector":
+        """Read a folder written by `save_pretrained`."""
+        connector = cls(**json.loads((path / "config.json").read_text()))
+        connector.load_state_dict(load_file(path / "model.safetensors"))
+        return connector

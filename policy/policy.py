@@ -1,13 +1,17 @@
 """The policy: language model, image tokenizer, connector, diffusion head and autoencoder."""
 
+import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from diffusers import AutoencoderDC, SanaTransformer2DModel
 from PIL import Image
+from safetensors import SafetensorError
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3ForCausalLM
 
@@ -17,7 +21,10 @@ from policy.config import PolicyConfig
 from policy.connector import Connector
 from policy.diffusion import sample_latents
 from policy.image_tokenizer import ImageTokenizer
-from policy.sampling import ImageTokenSampler, Sampling, left_pad
+from policy.quiet import quiet_libraries
+from policy.sampling import ImageTokenSampler, Sampling, evaluation_mode, left_pad
+
+_T = TypeVar("_T")
 
 
 class Policy(nn.Module):
@@ -62,55 +69,47 @@ class Policy(nn.Module):
         """Read a policy folder; `PolicyError` names what is missing or damaged."""
         folder = Path(path)
         config = PolicyConfig.load(folder)
-        for part in ("ar", "tokenizer", "image_tokenizer", "connector", "diffusion", "vae"):
-            if not (folder / part).is_dir():
-                raise PolicyError(
-                    f"{folder}: the part '{part}/' is missing. Copy the whole policy folder again."
-                )
-        connector_facts = json.loads((folder / "connector" / "config.json").read_text())
-        connector = Connector(**connector_facts)
-        connector.load_state_dict(_read_weights(folder / "connector"))
-        scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
-        policy = cls(
-            config,
-            AutoTokenizer.from_pretrained(folder / "tokenizer"),
-            Qwen3ForCausalLM.from_pretrained(folder / "ar", dtype=dtype),
-            ImageTokenizer.from_pretrained(folder / "image_tokenizer"),
-            connector,
-            SanaTransformer2DModel.from_pretrained(folder / "diffusion", torch_dtype=dtype),
-            AutoencoderDC.from_pretrained(folder / "vae", torch_dtype=dtype),
-            scheduler,
-        )
+        with quiet_libraries():
+            policy = cls(
+                config,
+                _read(folder / "tokenizer", AutoTokenizer.from_pretrained),
+                _read(folder / "ar", lambda p: Qwen3ForCausalLM.from_pretrained(p, dtype=dtype)),
+                _read(folder / "image_tokenizer", ImageTokenizer.from_pretrained),
+                _read(folder / "connector", Connector.from_pretrained),
+                _read(
+                    folder / "diffusion",
+                    lambda p: SanaTransformer2DModel.from_pretrained(p, torch_dtype=dtype),
+                ),
+                _read(
+                    folder / "vae", lambda p: AutoencoderDC.from_pretrained(p, torch_dtype=dtype)
+                ),
+                _read(
+                    folder / "scheduler",
+                    lambda p: json.loads((p / "scheduler_config.json").read_text()),
+                ),
+            )
         return policy.to(device=device, dtype=dtype).eval()
 
     def save_pretrained(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write the folder; `dtype` (default: as held) is that of the stored weights."""
-        from safetensors.torch import save_file
-
+        if dtype not in (None, self.ar.dtype):
+            # A copy: what is in memory keeps its precision.
+            copy.deepcopy(self).to(dtype).save_pretrained(path)
+            return
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
-        held = self.ar.dtype
-        self.to(dtype or held)
         self.config.save(folder)
-        self.tokenizer.save_pretrained(folder / "tokenizer")
-        self.ar.save_pretrained(folder / "ar")
-        self.image_tokenizer.save_pretrained(folder / "image_tokenizer")
-        (folder / "connector").mkdir(exist_ok=True)
-        linear: nn.Linear = self.connector[0]  # type: ignore[assignment]
-        facts = {
-            "hidden_size": linear.in_features,
-            "width": linear.out_features,
-            "positions": 0 if self.connector.position is None else len(self.connector.position),
-        }
-        (folder / "connector" / "config.json").write_text(json.dumps(facts, indent=2) + "\n")
-        save_file(self.connector.state_dict(), folder / "connector" / "model.safetensors")
-        self.diffusion.save_pretrained(folder / "diffusion")
-        self.vae.save_pretrained(folder / "vae")
+        with quiet_libraries():
+            self.tokenizer.save_pretrained(folder / "tokenizer")
+            self.ar.save_pretrained(folder / "ar")
+            self.image_tokenizer.save_pretrained(folder / "image_tokenizer")
+            self.connector.save_pretrained(folder / "connector")
+            self.diffusion.save_pretrained(folder / "diffusion")
+            self.vae.save_pretrained(folder / "vae")
         (folder / "scheduler").mkdir(exist_ok=True)
         (folder / "scheduler" / "scheduler_config.json").write_text(
             json.dumps(self.scheduler_config, indent=2) + "\n"
         )
-        self.to(held)
 
     # --- text ------------------------------------------------------------------------------
 
@@ -125,30 +124,23 @@ class Policy(nn.Module):
     def prompt_ids(self, prompts: Sequence[str]) -> list[list[int]]:
         """Return token ids of each prompt's full text.
 
-        The prompt itself is tokenised apart from the template with special tokens switched off,
-        so text such as `<I12>` stays text and cannot inject image tokens.
+        The prompt itself is tokenised apart from the template, by a tokenizer without added
+        tokens, so text such as `<I12>` stays text and cannot inject image tokens.
         """
         before, after = self.prompt_text("{prompt}").split("{prompt}")
         head = self._ids(before)
         tail = self._ids(after)
-        return [head + self._plain_ids(prompt) + tail for prompt in prompts]
+        encoded = self._text_tokenizer.encode_batch(list(prompts), add_special_tokens=False)
+        return [head + text.ids + tail for text in encoded]
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def _plain_ids(self, text: str) -> list[int]:
-        """Tokenise user text with every added token broken up, never matched."""
-        pieces: list[int] = []
-        added = self.tokenizer.get_added_vocab()
-        while True:
-            hit = min(((text.find(token), token) for token in added if token in text), default=None)
-            if hit is None:
-                return pieces + self._ids(text)
-            position, token = hit
-            # The first character alone is never an added token.
-            pieces += self._ids(text[: position + 1])
-            text = text[position + 1 :]
-            del token
+    @cached_property
+    def _text_tokenizer(self) -> Tokenizer:
+        facts = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        plain: dict[str, Any] = {"added_tokens": [], "padding": None, "truncation": None}
+        return Tokenizer.from_str(json.dumps(facts | plain))
 
     # --- pictures --------------------------------------------------------------------------
 
@@ -227,18 +219,19 @@ class Policy(nn.Module):
     def condition_rows(self, prompt_ids: Sequence[list[int]], completion_ids: Tensor) -> Tensor:
         """Return the conditioning hidden states [B, 1 + N, H] of prompts and their image tokens.
 
-        One teacher-forced pass over left-padded sequences with a mask; rows are `<S0>` and the
-        N image tokens.
+        One teacher-forced pass over left-padded sequences with a mask, without dropout, as the
+        samplers see the model; rows are `<S0>` and the N image tokens.
         """
         prompts, mask = left_pad(prompt_ids, self.config.pad_id, self.device)
         ids = torch.cat([prompts, completion_ids.to(self.device)], 1)
         mask = torch.cat([mask, torch.ones_like(completion_ids, device=self.device)], 1)
-        hidden = self.ar.model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
-            use_cache=False,
-        ).last_hidden_state
+        with evaluation_mode(self.ar):
+            hidden = self.ar.model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+                use_cache=False,
+            ).last_hidden_state
         return hidden[:, -(1 + self.config.num_tokens) :]
 
     @torch.no_grad()
@@ -284,10 +277,14 @@ def to_images(pixels: Tensor) -> list[Image.Image]:
     return [Image.fromarray(picture) for picture in array]
 
 
-def _read_weights(folder: Path) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
-    path = folder / "model.safetensors"
-    if not path.is_file():
-        raise PolicyError(f"{path} is missing. Copy the whole policy folder again.")
-    return load_file(path)
+def _read(folder: Path, load: Callable[[Path], _T]) -> _T:
+    """Load one part of a policy; whatever its library says becomes a PolicyError that names it."""
+    if not folder.is_dir():
+        raise PolicyError(f"{folder} is missing.\n    Fix: copy the whole policy folder again.")
+    try:
+        return load(folder)
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+        told = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise PolicyError(
+            f"{folder} cannot be loaded: {told}\n    Fix: copy the whole policy folder again."
+        ) from error

@@ -1,12 +1,14 @@
 """Finding reward functions: built in, decorated, from an entry point, or in a file of your own."""
 
 import hashlib
+import importlib.machinery
+import importlib.util
 import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any, TypeVar
 
 from common.errors import RewardError
@@ -98,6 +100,13 @@ def _from_file(path: Path, attribute: str) -> Any:
     return getattr(module, attribute)
 
 
+class _SourceLoader(importlib.machinery.SourceFileLoader):
+    """Compiles the file each time: the bytecode cache misses an edit within one second."""
+
+    def get_code(self, fullname: str) -> CodeType:
+        return self.source_to_code(self.get_data(self.path), self.path)
+
+
 def _run_file(path: Path) -> ModuleType:
     """Import the file once for each content of it, under a name of its own."""
     if not path.is_file():
@@ -111,12 +120,14 @@ def _run_file(path: Path) -> ModuleType:
     loaded = sys.modules.get(name)
     if loaded is not None and getattr(loaded, "__atelier_source__", None) == source:
         return loaded
-    module = ModuleType(name)
-    module.__dict__.update({"__file__": str(full), "__atelier_source__": source})
+    loader = _SourceLoader(name, str(full))
+    spec = importlib.util.spec_from_loader(name, loader)
+    assert spec is not None  # this loader always has one
+    module = importlib.util.module_from_spec(spec)
+    module.__dict__["__atelier_source__"] = source
     sys.modules[name] = module  # dataclasses and pickle look their module up while it runs
     try:
-        # Not the import system's loader: its bytecode cache misses an edit within one second.
-        exec(compile(source, str(full), "exec"), module.__dict__)
+        loader.exec_module(module)
     except Exception as error:
         del sys.modules[name]
         raise RewardError(

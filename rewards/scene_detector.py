@@ -20,6 +20,8 @@ from rewards.detector import Detection
 _WINDOW = 24
 _MIN_PIXELS = 12
 _GREY = 40
+_CENTERS = ((0, 0), (0, -1), (0, 1), (-1, 0), (1, 0), (-1, -1), (1, -1), (-1, 1), (1, 1))
+"""Shifts of a box's centre that are tried in turn, in half pixels."""
 _IOU_FLOOR, _IOU_CEILING = 0.4, 0.8
 _NAMES = tuple(COLORS)
 _PAPER = np.array(BACKGROUND, np.float32)[:, None]
@@ -136,17 +138,24 @@ def _outlines(half_x: bool, half_y: bool) -> tuple[np.ndarray, np.ndarray]:
 def _best_shape(mask: np.ndarray, box: tuple[int, int, int, int], pixels: int) -> tuple[str, float]:
     """Return the class whose outline, centred in the box, overlaps the mask best, and how well.
 
+    Where no outline fits well, centres half a pixel around the box's are tried too: one faint row
+    (the tip of a triangle, the rim of a ring) moves a box by as much.
     `pixels` is the area of the mask; what lies outside the window counts as not overlapping.
     """
-    half_x, half_y = (box[0] + box[2]) % 2, (box[1] + box[3]) % 2
-    left = (box[0] + box[2]) // 2 - _WINDOW // 2
-    top = (box[1] + box[3]) // 2 - _WINDOW // 2
-    x0, y0 = max(box[0], left), max(box[1], top)
-    x1, y1 = min(box[2], left + _WINDOW), min(box[3], top + _WINDOW)
-    window = np.zeros((_WINDOW, _WINDOW), np.float32)
-    window[y0 - top : y1 - top, x0 - left : x1 - left] = mask[y0:y1, x0:x1]
-    outlines, areas = _outlines(bool(half_x), bool(half_y))
-    both = (outlines @ window.ravel()).astype(np.int64)  # whole numbers, exact in float32
-    overlaps = both / (areas + pixels - both)
-    best = int(overlaps.argmax())
-    return CLASSES[best], float(overlaps[best])
+    best, best_overlap = 0, -1.0
+    for twice_x, twice_y in _CENTERS:
+        x, y = box[0] + box[2] + twice_x, box[1] + box[3] + twice_y
+        left, top = x // 2 - _WINDOW // 2, y // 2 - _WINDOW // 2
+        x0, y0 = max(box[0], left), max(box[1], top)
+        x1, y1 = min(box[2], left + _WINDOW), min(box[3], top + _WINDOW)
+        window = np.zeros((_WINDOW, _WINDOW), np.float32)
+        window[y0 - top : y1 - top, x0 - left : x1 - left] = mask[y0:y1, x0:x1]
+        outlines, areas = _outlines(bool(x % 2), bool(y % 2))
+        both = (outlines @ window.ravel()).astype(np.int64)  # whole numbers, exact in float32
+        overlaps = both / (areas + pixels - both)
+        index = int(overlaps.argmax())
+        if overlaps[index] > best_overlap:
+            best, best_overlap = index, float(overlaps[index])
+        if best_overlap >= _IOU_CEILING:
+            break
+    return CLASSES[best], best_overlap

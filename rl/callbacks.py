@@ -62,7 +62,7 @@ class JournalCallback(TrainerCallback):
         row["seconds"] = {stage: round(value, 4) for stage, value in seconds.items()}
         self.trainer.seconds.clear()
         self.journal.write(row)
-        facts = {"reward": f"{row['reward']:.3f}", "strict": _rounded(row.get("strict"))}
+        facts = {"reward": _rounded(row["reward"]) or "-", "strict": _rounded(row.get("strict"))}
         self.progress.advance("train", 1, **{k: v for k, v in facts.items() if v is not None})
 
     def _details(self) -> dict[str, float]:

@@ -39,10 +39,10 @@ def publish(staged: Path, checkpoints: Path, step: int, keep_last: int) -> Path:
     return target
 
 
-def newest_valid(checkpoints: Path) -> tuple[Path, list[str]]:
+def newest_valid(checkpoints: Path) -> tuple[Path | None, list[str]]:
     """Return the newest checkpoint whose files match its manifest, and what was passed over.
 
-    Raises RunError if there is none.
+    None if no checkpoint was ever written. Raises RunError if there are some and all are damaged.
     """
     passed_over: list[str] = []
     for folder in reversed(_folders(checkpoints)):
@@ -50,9 +50,11 @@ def newest_valid(checkpoints: Path) -> tuple[Path, list[str]]:
         if fault is None:
             return folder, passed_over
         passed_over.append(f"{folder}: {fault}")
+    if not passed_over:
+        return None, []
     reasons = "".join(f"\n    {line}" for line in passed_over)
     raise RunError(
-        f"{checkpoints} holds no usable checkpoint.{reasons}\n"
+        f"{checkpoints} holds no usable checkpoint:{reasons}\n"
         "    Fix: start the run anew with `atelier train` and another --out."
     )
 
@@ -68,9 +70,10 @@ def _fault(folder: Path) -> str | None:
         return "the manifest is missing"
     try:
         sums = json.loads(manifest.read_text())["sha256"]
+        expected_files = dict(sums)
     except (ValueError, KeyError, TypeError):
         return "the manifest cannot be read"
-    for name, expected in sums.items():
+    for name, expected in expected_files.items():
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"

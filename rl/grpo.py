@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import TrainerCallback
-from trl import GRPOConfig, GRPOTrainer
+from transformers import PrinterCallback, TrainerCallback
 
 from common.errors import RunError
 from common.seeds import counter_seed
@@ -24,6 +23,7 @@ from rewards.runner import RewardRunner, Scored
 from rl.checkpoints import publish
 from rl.image_head import add_image_head
 from rl.rollouts import Rollout, Sampler
+from rl.trl_release import GRPOConfig, GRPOTrainer
 
 Sync = Callable[[int], None]
 
@@ -61,6 +61,7 @@ class ImageGRPOTrainer(GRPOTrainer):
         self.last_rollout: Rollout | None = None
         self.last_scores: list[Scored] = []
         self._old_logprobs: Tensor | None = None
+        self._nothing_to_learn = False
         policy = sampler.policy
         super().__init__(
             model=model,
@@ -72,14 +73,20 @@ class ImageGRPOTrainer(GRPOTrainer):
                 [{"prompt": record["prompt"], "place": i} for i, record in enumerate(records)]
             ),
             processing_class=policy.tokenizer,
-            callbacks=list(callbacks),
+            callbacks=[*callbacks, _NoEmptySteps(self)],
             peft_config=peft_config,
             rollout_func=_rollout,
         )
+        self.remove_callback(PrinterCallback)  # the journal's callback shows the numbers
         config = policy.config
-        add_image_head(
-            policy.ar, config.image_start_id, config.num_image_tokens, sampler.sampling.temperature
-        )
+        for scored in (policy.ar, self.ref_model):
+            if scored is not None:
+                add_image_head(
+                    self.accelerator.unwrap_model(scored),
+                    config.image_start_id,
+                    config.num_image_tokens,
+                    sampler.sampling.temperature,
+                )
         # TRL syncs weights and corrects importance only for its own vLLM client; ours stands in.
         self.use_vllm = True
         self.vllm_generation = _EngineSync(self, sync)
@@ -99,7 +106,8 @@ class ImageGRPOTrainer(GRPOTrainer):
         step, process = self.state.global_step, self.accelerator.process_index
         rollout = self.sampler(groups, size, step, process)
         self.last_rollout = rollout
-        self._old_logprobs = rollout.logprobs
+        # Without the correction TRL does not ask for them: an update a step has ratio 1.
+        self._old_logprobs = rollout.logprobs if self.vllm_importance_sampling_correction else None
         self.seconds |= rollout.seconds
         return {
             "prompt_ids": rollout.prompt_ids,
@@ -114,9 +122,8 @@ class ImageGRPOTrainer(GRPOTrainer):
         """Score the pictures with every reward of the recipe; None where one failed."""
         started = time.perf_counter()
         records = [self.records[i] for i in place]
-        columns = {
-            key: [record.get(key) for record in records] for key in records[0] if key != "prompt"
-        }
+        keys = dict.fromkeys(key for record in records for key in record if key != "prompt")
+        columns = {key: [record.get(key) for record in records] for key in keys}
         self.last_scores = self.rewards.score(images, prompts, columns)
         self.seconds["reward"] = time.perf_counter() - started
         for name in self.rewards.names:
@@ -131,22 +138,38 @@ class ImageGRPOTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         output = super()._generate_and_score_completions(inputs)
-        if self.model.training and self.drop_zero_variance:
+        if self.model.training:
             output = self._informative(output)
         # The order of micro-batches is drawn next, from the global generator.
         torch.manual_seed(counter_seed(self.args.seed, "shuffle", self.state.global_step))
         return output
 
     def _informative(self, output: dict[str, Any]) -> dict[str, Any]:
-        """Keep the groups whose rewards differ, filled up to whole micro-batches."""
+        """Keep the groups whose rewards differ, filled up to whole micro-batches.
+
+        They are found by their rewards: of equal ones the mean can be off by a rounding error,
+        which the division by a standard deviation of about zero would make an advantage.
+        """
+        size = self.num_generations
+        totals = [scored.total for scored in self.last_scores]
+        differ = [
+            len({total for total in totals[i : i + size] if total is not None}) > 1
+            for i in range(0, len(totals), size)
+        ]
         advantages = output["advantages"]
-        groups = advantages.view(-1, self.num_generations)
-        informative = (groups != 0).any(1).repeat_interleave(self.num_generations)
-        self._metrics["train"]["zero_variance_groups"].append(float((groups == 0).all(1).sum()))
+        informative = torch.tensor(differ, device=advantages.device).repeat_interleave(size)
+        advantages = advantages * informative
+        self._metrics["train"]["zero_variance_groups"].append(float(differ.count(False)))
+        anywhere = bool(self.accelerator.gather(informative.any()[None]).any())
+        self._nothing_to_learn = not anywhere and (self.drop_zero_variance or self.beta == 0)
+        if not self.drop_zero_variance:
+            return output | {"advantages": advantages}
         pieces = self.args.steps_per_generation
         order = torch.argsort(informative.int(), descending=True, stable=True)
         count = max(int(informative.sum()), 1)
         rows = order[: -(-count // pieces) * pieces].sort().values
+        # The loss is a mean over rows; those that only fill up must not dilute it.
+        output = output | {"advantages": advantages * (len(rows) / count)}
         return {
             key: value[rows] if torch.is_tensor(value) and value.dim() else value
             for key, value in output.items()
@@ -164,6 +187,7 @@ class ImageGRPOTrainer(GRPOTrainer):
         if self.accelerator.is_main_process:
             step = self.state.global_step
             publish(staging / f"checkpoint-{step}", self.checkpoints, step, self.keep_last)
+            shutil.rmtree(staging)
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -192,6 +216,20 @@ class ImageGRPOTrainer(GRPOTrainer):
             logprobs.append(output.log_probs)
             entropies.append(output.entropy)
         return torch.cat(logprobs), torch.cat(entropies) if compute_entropy else None, None
+
+
+class _NoEmptySteps(TrainerCallback):
+    """Leaves weights and optimizer state alone in a step from which nothing can be learnt.
+
+    Its gradient is zero, and on a zero gradient the optimizer would still follow its momentum.
+    """
+
+    def __init__(self, trainer: ImageGRPOTrainer) -> None:
+        self._trainer = trainer
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._trainer._nothing_to_learn:
+            self._trainer.model.zero_grad(set_to_none=True)
 
 
 class _EngineSync:

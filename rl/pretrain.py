@@ -17,7 +17,16 @@ from torch.utils.data import IterableDataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from common.seeds import counter_seed
-from data.scenes import TASKS, caption, misdescribe, paint, sample_scene
+from data.scenes import (
+    TASKS,
+    Scene,
+    caption,
+    metadata,
+    metadata_held_out,
+    misdescribe,
+    paint,
+    sample_scene,
+)
 from policy.diffusion import flow_matching_loss
 from policy.policy import Policy
 from policy.sampling import left_pad
@@ -64,7 +73,7 @@ class SceneCorpus(IterableDataset[dict[str, Any]]):
         pixels = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
         wrong = rng.random(_CHUNK) < self.caption_noise
         captions = [
-            caption(misdescribe(scene, rng) if is_wrong else scene)
+            _wrong_caption(scene, rng) if is_wrong else caption(scene)
             for scene, is_wrong in zip(scenes, wrong, strict=True)
         ]
         prompt_ids = self.policy.prompt_ids(captions)
@@ -77,6 +86,14 @@ class SceneCorpus(IterableDataset[dict[str, Any]]):
                 if latents is not None:
                     row["latents"] = latents[i]
                 yield row
+
+
+def _wrong_caption(scene: Scene, rng: np.random.Generator) -> str:
+    """Misdescribe the scene without stating a held-out combination, which must stay unseen."""
+    while True:
+        facts = metadata(misdescribe(scene, rng))
+        if not metadata_held_out(facts):
+            return str(facts["prompt"])
 
 
 class Collator:

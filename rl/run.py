@@ -4,7 +4,8 @@ This file is the way in: read `_run` from top to bottom.
 """
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,17 +13,18 @@ from typing import Any
 import numpy as np
 import torch
 from peft import LoraConfig
+from torch import nn
 from transformers import TrainerCallback
-from trl import GRPOConfig
 
 from common.atomic import write_text
-from common.errors import Interrupted, RunError
+from common.errors import Interrupted, RecipeError, RunError
 from common.journal import Journal
 from common.progress import Progress, SilentProgress
 from common.seeds import counter_seed
 from data.prompts import training_records
 from evals.suites import load_suite
 from policy import Policy, base_path
+from policy.quiet import quiet_libraries
 from policy.sampling import Sampling
 from recipes import LoadedRecipe, dump_recipe, load_recipe
 from recipes.schema_grpo import GrpoRecipe
@@ -31,6 +33,7 @@ from rl.callbacks import HeldOutCallback, InterruptCallback, JournalCallback
 from rl.checkpoints import newest_valid, step_of
 from rl.grpo import ImageGRPOTrainer, Sync
 from rl.rollouts import Decode, Sampler
+from rl.trl_release import GRPOConfig
 from rollout.engine import Engine
 from rollout.sync import ModelSide, push_weights, verify_sync
 from rollout.transformers_engine import TransformersEngine
@@ -44,9 +47,7 @@ def train(loaded: LoadedRecipe, run_dir: Path, progress: Progress | None = None)
 
     Raises `Interrupted` after SIGINT or SIGTERM, with a checkpoint written.
     """
-    recipe = _grpo(loaded)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    write_text(run_dir / "recipe.yaml", dump_recipe(recipe))
+    recipe = _located(_grpo(loaded), loaded.files)
     _run(recipe, run_dir, progress or SilentProgress(), checkpoint=None)
 
 
@@ -57,63 +58,71 @@ def resume(run_dir: Path, progress: Progress | None = None) -> None:
     if not path.is_file():
         raise RunError(f"{run_dir} is not a run: recipe.yaml is missing.")
     recipe = _grpo(load_recipe(str(path)))
+    if (run_dir / "policy").exists():
+        raise RunError(
+            f"{run_dir} is finished: its policy is {run_dir / 'policy'}.\n"
+            "    Fix: to train longer, start a run with that policy.path and another --out."
+        )
     checkpoint, passed_over = newest_valid(run_dir / "checkpoints")
     for line in passed_over:
         progress.line(f"passed over {line}")
-    progress.line(f"resuming from {checkpoint}")
+    progress.line(f"resuming from {checkpoint or 'the start: there is no checkpoint yet'}")
     _run(recipe, run_dir, progress, checkpoint)
 
 
 def _run(recipe: GrpoRecipe, run_dir: Path, progress: Progress, checkpoint: Path | None) -> None:
-    journal = Journal(run_dir / "metrics.jsonl")
-    if checkpoint is not None:
-        journal.rewind(step_of(checkpoint))
-    policy = load_policy(recipe)
-    records = _records(recipe)
-    rewards = RewardRunner(
-        [RewardSpec(f.use, f.weight, f.args, f.timeout_s) for f in recipe.rewards.functions]
-    )
-    rewards.check_records(records)
-    engine = build_engine(recipe, policy)
-    rollout, decode = recipe.rollout, recipe.decode.train
-    sampler = Sampler(
-        policy,
-        engine,
-        Sampling(rollout.temperature, rollout.top_k, rollout.top_p),
-        Decode(decode.steps, decode.guidance, decode.noise == "shared_in_group"),
-        recipe.seed,
-    )
-    shown, interrupt = JournalCallback(journal, progress), InterruptCallback()
-    callbacks: list[TrainerCallback] = [shown, interrupt]
-    if recipe.evals.every:
-        callbacks.append(
-            HeldOutCallback(recipe.evals.every, _held_out(recipe, sampler), journal, progress)
+    with quiet_libraries(), ExitStack() as parts:
+        policy = load_policy(recipe)
+        lora = _lora(recipe, policy)
+        records = _records(recipe)
+        rewards = parts.enter_context(
+            RewardRunner(
+                [RewardSpec(f.use, f.weight, f.args, f.timeout_s) for f in recipe.rewards.functions]
+            )
         )
-    trainer = ImageGRPOTrainer(
-        policy.ar,
-        trainer_config(recipe, run_dir, policy.config.num_tokens),
-        records,
-        sampler=sampler,
-        rewards=rewards,
-        sync=_sync(policy, engine),
-        drop_zero_variance=recipe.algorithm.drop_zero_variance,
-        callbacks=callbacks,
-        peft_config=_lora(recipe),
-        checkpoints=run_dir / "checkpoints",
-        keep_last=recipe.save.keep_last,
-    )
-    shown.trainer = trainer
-    progress.start("train", recipe.train.steps)
-    progress.advance("train", 0 if checkpoint is None else step_of(checkpoint))
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    progress.finish("train")
-    engine.close()
-    rewards.close()
-    if interrupt.interrupted and trainer.state.global_step < recipe.train.steps:
-        raise Interrupted(
-            f"stopped after step {trainer.state.global_step}; go on with `atelier resume {run_dir}`"
+        rewards.check_records(records)
+        engine = parts.enter_context(closing(build_engine(recipe, policy)))
+        sync = _sync(policy, engine)
+        rollout, decode = recipe.rollout, recipe.decode.train
+        sampler = Sampler(
+            policy,
+            engine,
+            Sampling(rollout.temperature, rollout.top_k, rollout.top_p),
+            Decode(decode.steps, decode.guidance, decode.noise == "shared_in_group"),
+            recipe.seed,
         )
-    _write_policy(trainer, policy, recipe, run_dir)
+        held_out = _held_out(recipe, sampler, sync) if recipe.evals.every else None
+        # Only now: a run that cannot start leaves no folder behind.
+        write_text(run_dir / "recipe.yaml", dump_recipe(recipe))
+        journal = Journal(run_dir / "metrics.jsonl")
+        done = 0 if checkpoint is None else step_of(checkpoint)
+        journal.rewind(-1 if checkpoint is None else done)
+        shown, interrupt = JournalCallback(journal, progress), InterruptCallback()
+        callbacks: list[TrainerCallback] = [shown, interrupt]
+        if held_out is not None:
+            callbacks.append(HeldOutCallback(recipe.evals.every, held_out, journal, progress))
+        trainer = ImageGRPOTrainer(
+            policy.ar,
+            trainer_config(recipe, run_dir, policy.config.num_tokens),
+            records,
+            sampler=sampler,
+            rewards=rewards,
+            sync=sync,
+            drop_zero_variance=recipe.algorithm.drop_zero_variance,
+            callbacks=callbacks,
+            peft_config=lora,
+            checkpoints=run_dir / "checkpoints",
+            keep_last=recipe.save.keep_last,
+        )
+        shown.trainer = trainer
+        progress.start("train", recipe.train.steps)
+        progress.advance("train", done)
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        progress.finish("train")
+        step = trainer.state.global_step
+        if interrupt.interrupted and step < recipe.train.steps:
+            raise Interrupted(f"stopped after step {step}; go on with `atelier resume {run_dir}`")
+        _write_policy(trainer, policy, recipe, run_dir)
 
 
 # --- the parts -----------------------------------------------------------------------------------
@@ -157,16 +166,17 @@ def build_engine(recipe: GrpoRecipe, policy: Policy) -> Engine:
 def _records(recipe: GrpoRecipe) -> list[dict[str, Any]]:
     """Return the prompts of every step in order: each step's draw has its own seed."""
     per_step = recipe.rollout.prompts_per_step
+    tasks = recipe.prompts.tasks
     pool = training_records(
         recipe.prompts.source,
         recipe.prompts.split,
-        None if recipe.prompts.tasks is None else tuple(recipe.prompts.tasks),
+        None if tasks is None else tuple(task for task, weight in tasks.items() if weight > 0),
     )
     by_task: dict[str, list[dict[str, Any]]] = {}
     for record in pool:
         by_task.setdefault(str(record["metadata"].get("tag", "")), []).append(record)
-    weights = recipe.prompts.tasks or dict.fromkeys(by_task, 1.0)
-    names = [name for name in by_task if weights.get(name, 0) > 0]
+    weights = tasks or dict.fromkeys(by_task, 1.0)
+    names = list(by_task)
     shares = np.array([weights[name] for name in names], dtype=float)
     chosen = []
     for step in range(recipe.train.steps):
@@ -177,10 +187,19 @@ def _records(recipe: GrpoRecipe) -> list[dict[str, Any]]:
     return chosen
 
 
-def _lora(recipe: GrpoRecipe) -> LoraConfig | None:
+def _lora(recipe: GrpoRecipe, policy: Policy) -> LoraConfig | None:
     lora = recipe.policy.lora
     if lora is None:
         return None
+    # Of the decoder: the head is used by its weight, so an adapter on it would never be seen.
+    modules = policy.ar.model.named_modules()
+    known = {name.rpartition(".")[2] for name, part in modules if isinstance(part, nn.Linear)}
+    unknown = sorted(set(lora.targets) - known)
+    if unknown:
+        raise RecipeError(
+            f"policy.lora.targets: the model's layers have no linear map `{unknown[0]}`.\n"
+            f"    Fix: choose from {', '.join(sorted(known))}."
+        )
     return LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
@@ -246,7 +265,7 @@ def _sync(policy: Policy, engine: Engine) -> Sync:
     return sync
 
 
-def _held_out(recipe: GrpoRecipe, sampler: Sampler) -> Any:
+def _held_out(recipe: GrpoRecipe, sampler: Sampler, sync: Sync) -> Any:
     """Return the held-out evaluation: the same prompts and seeds at every step of every run."""
     suite = load_suite(recipe.evals.suite, recipe.evals.limit)
     judge = Sampler(
@@ -258,6 +277,7 @@ def _held_out(recipe: GrpoRecipe, sampler: Sampler) -> Any:
     )
 
     def held_out(step: int) -> Mapping[str, Any]:
+        sync(step)  # the engine still holds the weights of the step's rollouts
         rollout = judge([str(record["prompt"]) for record in suite.records], 1, "held-out")
         scores = [
             suite.score(image, record)
@@ -292,6 +312,34 @@ def _write_policy(
     policy.config = replace(policy.config, provenance={**policy.config.provenance, "grpo": trained})
     policy.save_pretrained(staged)
     staged.rename(run_dir / "policy")
+
+
+def _located(recipe: GrpoRecipe, files: Sequence[Path]) -> GrpoRecipe:
+    """Return the recipe with absolute paths, so that the run can be resumed from any folder.
+
+    Reward and prompt files are looked for beside the recipe, beside those it extends, then here.
+    """
+
+    def found(text: str) -> str:
+        places = [file.parent / text for file in files]
+        return str(next((path for path in places if path.is_file()), Path(text)).resolve())
+
+    def reward_file(use: str) -> str:
+        path, _, function = use.rpartition(":")
+        return f"{found(path)}:{function}" if path.endswith(".py") else use
+
+    path, source = recipe.policy.path, recipe.prompts.source
+    functions = tuple(
+        f.model_copy(update={"use": reward_file(f.use)}) for f in recipe.rewards.functions
+    )
+    sections = {
+        "policy": {"path": path if path == "base" else str(Path(path).expanduser().resolve())},
+        "prompts": {"source": source if source == "scenes" else found(source)},
+        "rewards": {"functions": functions},
+    }
+    return recipe.model_copy(
+        update={key: getattr(recipe, key).model_copy(update=v) for key, v in sections.items()}
+    )
 
 
 def _grpo(loaded: LoadedRecipe) -> GrpoRecipe:

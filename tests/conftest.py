@@ -1,11 +1,35 @@
 """Fixtures and rules for every test."""
 
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 import pytest
 
 from common.heavy import prepare_torchvision
 
 # Tests may import transformers and its relatives before any of our packages.
 prepare_torchvision()
+
+if TYPE_CHECKING:
+    from policy import Policy
+
+
+@pytest.fixture(scope="session")
+def policy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny policy with random weights, saved once; nobody writes into it."""
+    from tiny_policy import new_policy
+
+    folder = tmp_path_factory.mktemp("policy") / "tiny"
+    new_policy().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def policy(policy_folder: Path) -> "Policy":
+    """The tiny policy, freshly loaded: a test may change it."""
+    from policy import Policy
+
+    return Policy.from_pretrained(policy_folder)
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
