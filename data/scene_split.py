@@ -76,6 +76,11 @@ def is_held_out(scene: Scene) -> bool:
     return _chosen("color_attr", *pair, share=0.12)
 
 
+def asks_for_new_pair(record: Record) -> bool:
+    """Return whether a prompt names two classes that never share a training picture."""
+    return frozenset(clause["class"] for clause in record.get("include", ())) in _HELD_OUT_PAIRS
+
+
 def metadata_held_out(record: Record) -> bool:
     """Return whether a prompt states a held-out combination (see `is_held_out`)."""
     if record["tag"] == "text":

@@ -9,7 +9,7 @@ _LOGGERS = ("transformers", "diffusers", "accelerate", "peft", "trl")
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Inside, the Hugging Face libraries report errors only and draw no bars; then as before.
+    """Inside, the model libraries report errors only and draw no bars; then all is as before.
 
     Warnings raised through `warnings` and the output of everybody else pass.
     """
@@ -19,15 +19,23 @@ def quiet_libraries() -> Iterator[None]:
     libraries = (transformers_logging, diffusers_logging)
     bars = [library.is_progress_bar_enabled() for library in libraries]
     levels = {name: logging.getLogger(name).level for name in _LOGGERS}
+    # accelerate imports DeepSpeed on the way, which sets its own level and writes to stdout.
+    deepspeed = logging.getLogger("DeepSpeed")
+
+    def is_error(record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.ERROR
+
     for library in libraries:
         library.disable_progress_bar()
     for name in _LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
+    deepspeed.addFilter(is_error)
     try:
         yield
     finally:
+        deepspeed.removeFilter(is_error)
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
         for library, enabled in zip(libraries, bars, strict=True):
             if enabled:
                 library.enable_progress_bar()
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)

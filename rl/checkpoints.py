@@ -85,7 +85,8 @@ def _fault(folder: Path) -> str | None:
 def _folders(checkpoints: Path) -> list[Path]:
     if not checkpoints.is_dir():
         return []
-    return sorted(p for p in checkpoints.iterdir() if p.is_dir() and p.name.startswith("step-"))
+    folders = (p for p in checkpoints.iterdir() if p.is_dir() and p.name.startswith("step-"))
+    return sorted(folders, key=step_of)
 
 
 def _sha256(path: Path) -> str:

@@ -197,7 +197,7 @@ and the test bed. It was trained from random weights on pictures that `data/scen
 nothing else.
 
 Made by `make base`: the five recipes of `recipes/base`, in float32 on CPU, stored in bfloat16.
-The fourth stage trains on captions of which 45 % have one wrong word. This stands for the noise of
+The fourth stage trains on captions of which 32 % have one wrong word. This stands for the noise of
 web data and is done on purpose: a policy without mistakes would leave reinforcement learning
 nothing to improve.
 

@@ -1,6 +1,7 @@
 """The smallest policy of the true architecture, and recipes that train it in a second a step."""
 
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ def new_policy() -> Policy:
     tasks = dict.fromkeys(TASKS, 1.0)
     captions = [caption(sample_scene(rng, tasks, "train")) for _ in range(300)]
     tokenizer = build_tokenizer(captions, 300, CODES)
-    config = tiny_config(tokenizer)
+    config = replace(tiny_config(tokenizer), num_image_tokens=CODES)
     torch.manual_seed(counter_seed(0, "tiny test policy"))
     language_model = Qwen3ForCausalLM(
         Qwen3Config(
@@ -93,7 +94,7 @@ def new_policy() -> Policy:
     connector = Connector(HIDDEN, WIDTH, positions=1 + config.num_tokens)
     torch.nn.init.normal_(connector.position)
     return Policy(
-        tiny_config(tokenizer),
+        config,
         tokenizer,
         language_model,
         image_tokenizer,
@@ -105,10 +106,8 @@ def new_policy() -> Policy:
 
 
 REDNESS = '''
-from rewards import reward
 import numpy as np
 
-@reward(name="redness")
 def redness(images, prompts):
     """Differs between any two pictures of random weights."""
     return [10 * float(np.asarray(image, dtype=float)[..., 0].mean()) for image in images]
