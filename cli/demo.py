@@ -58,8 +58,8 @@ def run(folder: Path, progress: Progress, overrides: tuple[str, ...] = ()) -> li
         name: best_temperature(policy, name, folder / "tune", progress)
         for name, policy in policies.items()
     }
-    plain = compare_at(policies, dict.fromkeys(policies, 1.0), folder / "results-t1", progress)
-    fair = compare_at(policies, best, folder / "results-best", progress)
+    plain = compare_at(policies, dict.fromkeys(policies, 1.0), folder / "results", progress)
+    fair = compare_at(policies, best, folder / "results", progress)
     progress.line("3/3  report")
     results = [Path(fair[side]["path"]) for side in ("before", "after")]
     page = build_report(results, folder / "report", run_dir=folder / "run")
@@ -106,17 +106,19 @@ def compare_at(
     from evals.compare import compare
     from evals.run import evaluate
 
+    # One folder for a policy at a temperature: an evaluation that is there is not made again.
+    folders = {name: folder / f"{name}-t{temperatures[name]}" for name in policies}
     for name, policy in policies.items():
         evaluate(
             policy,
             SUITE,
-            folder / name,
+            folders[name],
             seeds=SEEDS,
             temperature=temperatures[name],
             progress=progress,
             name=name if temperatures[name] == 1 else f"{name} (T={temperatures[name]})",
         )
-    return compare(folder / "base", folder / "trained")
+    return compare(folders["base"], folders["trained"])
 
 
 def result_line(title: str, comparison: dict[str, Any]) -> str:

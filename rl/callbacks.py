@@ -130,8 +130,8 @@ class InterruptCallback(TrainerCallback):
             control.should_save = True
             control.should_training_stop = True
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Give the signals back."""
+    def give_back(self) -> None:
+        """Put the handlers of before in place again."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

@@ -79,7 +79,7 @@ def train_image_tokenizer(
         schedule.step()
         if step % 50 == 0 or step == steps - 1:
             used = float(codes.unique().numel()) if step >= warmup_steps else 0.0
-            log(step, {"mse": reconstruction.item(), "codes_in_batch": used})
+            log(step + 1, {"mse": reconstruction.item(), "codes_in_batch": used})
 
 
 @torch.no_grad()
@@ -147,7 +147,7 @@ def train_autoencoder(
         optimizer.step()
         schedule.step()
         if step % 50 == 0 or step == steps - 1:
-            log(step, {"mse": error.item(), "latent_std": spread.item()})
+            log(step + 1, {"mse": error.item(), "latent_std": spread.item()})
     with torch.no_grad():
         latents = torch.cat([autoencoder.encode(next(batches)).latent for _ in range(10)])
     autoencoder.register_to_config(scaling_factor=float(1 / latents.std()))

@@ -40,6 +40,8 @@ from rollout.transformers_engine import TransformersEngine
 
 PROBE_EVERY = 25
 """Steps between two syncs that are proved by probe prompts besides the fingerprint."""
+PROBE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.5}
+"""Largest difference in nats of a probe token's log-prob; two bfloat16 passes differ by 0.1."""
 
 
 def train(loaded: LoadedRecipe, run_dir: Path, progress: Progress | None = None) -> None:
@@ -98,6 +100,7 @@ def _run(recipe: GrpoRecipe, run_dir: Path, progress: Progress, checkpoint: Path
         done = 0 if checkpoint is None else step_of(checkpoint)
         journal.rewind(-1 if checkpoint is None else done)
         shown, interrupt = JournalCallback(journal, progress), InterruptCallback()
+        parts.callback(interrupt.give_back)
         callbacks: list[TrainerCallback] = [shown, interrupt]
         if held_out is not None:
             callbacks.append(HeldOutCallback(recipe.evals.every, held_out, journal, progress))
@@ -258,7 +261,7 @@ def _sync(policy: Policy, engine: Engine) -> Sync:
     def sync(step: int) -> None:
         side = ModelSide(policy.ar, step, probes, config.image_start_id, config.num_image_tokens)
         if step % PROBE_EVERY == 0:
-            verify_sync(engine, side)
+            verify_sync(engine, side, PROBE_TOLERANCE[policy.ar.dtype])
         else:
             push_weights(engine, side)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_policy import REDNESS, write_recipe
 
 from cli.main import main
@@ -115,6 +116,31 @@ def test_a_full_run_trains_every_weight_that_is_used(train, policy_folder):
     assert_clean(stdout, stderr)
     untouched = set(weights(policy_folder)) - set(moved(out, policy_folder))
     assert untouched == set()
+
+
+@pytest.mark.parametrize("lora", [[], ["policy.lora=null"]])
+def test_a_run_in_bfloat16_trains_and_stores_it(train, policy_folder, lora):
+    overrides = ["policy.dtype=bfloat16", "train.steps=2", "algorithm.beta=0.05"]
+    exit_code, out, stdout, stderr = train(*overrides, *lora)
+    assert exit_code == 0, stderr
+    assert_clean(stdout, stderr)
+    assert moved(out, policy_folder)
+    [file] = (out / "policy" / "ar").glob("*.safetensors")
+    assert {tensor.dtype for tensor in load_file(file).values()} == {torch.bfloat16}
+    # Rounding differs between the sampler's pass and the trainer's, a mix-up would cost nats.
+    assert all(row["logprob_mismatch_max"] < 0.5 for row in steps(out))
+
+
+@pytest.mark.parametrize(
+    "sampling", [["rollout.top_k=8", "rollout.temperature=0.7"], ["rollout.top_p=0.8"]]
+)
+def test_truncated_sampling_is_corrected_for(train, sampling):
+    exit_code, out, _, stderr = train("train.steps=2", *sampling)
+    assert exit_code == 0, stderr
+    for row in steps(out):
+        # The trainer's whole softmax gives every token less than the truncated one did.
+        assert 0.3 < row["importance_ratio_mean"] < 0.95
+        assert row["clip_fraction"] == 0
 
 
 @pytest.mark.parametrize("lora", [[], ["policy.lora=null"]])

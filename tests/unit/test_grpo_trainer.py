@@ -22,7 +22,7 @@ from rollout.engine import Sampling
 
 PROMPTS = ["a photo of a red circle", "x", 'a sign that says "CAB"']
 GROUP, TEMPERATURE = 4, 0.8
-# The second group teaches nothing: 0.3 is not exact in float32, and the mean of equal ones is off.
+# The second group teaches nothing, and one picture of the third could not be scored.
 REWARDS = [[0.1, 0.7, 0.2, 0.9], [0.3, 0.3, 0.3, 0.3], [1.0, None, 0.0, 0.4]]
 
 
@@ -280,6 +280,22 @@ def test_groups_without_variance_are_dropped_and_missing_rewards_move_no_mean(po
         assert found[row] == pytest.approx(advantage, abs=1e-5)
     assert list(found.values()).count(0.0) == 1  # the one that could not be scored
     assert sum(found.values()) == pytest.approx(0, abs=1e-5)
+
+
+def test_a_rounding_error_in_the_mean_of_equal_rewards_is_no_advantage(policy, tmp_path):
+    values = [0.1, 0.3, 0.7]
+    rows = torch.tensor(values)[:, None].expand(3, 7)
+    assert (rows.nanmean(1) != rows[:, 0]).any(), "choose values whose mean is rounded"
+    trainer = build(
+        policy,
+        tmp_path,
+        [[value] * 7 for value in values],
+        **{"rollout.group_size": 7, "algorithm.drop_zero_variance": "false"},
+    )
+    batches, metrics = watch_batches(trainer), watch_metrics(trainer)
+    trainer.train()
+    assert batches[0]["advantages"].tolist() == [0.0] * 21
+    assert metrics["zero_variance_groups"] == [3.0]
 
 
 def test_advantages_without_scale_are_rewards_minus_their_mean(policy, tmp_path):

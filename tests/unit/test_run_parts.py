@@ -1,0 +1,243 @@
+"""The parts of a GRPO run: its prompts, paths and options, held-out curve, quiet and signals."""
+
+import json
+import logging
+import signal
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from test_rollouts import engine_of
+from tiny_policy import write_recipe
+
+from common.errors import RunError
+from policy.quiet import quiet_libraries
+from recipes import load_recipe
+from rl.callbacks import InterruptCallback
+from rl.rollouts import Decode, Sampler
+from rl.run import _held_out, _located, _records, _sync, resume, trainer_config
+from rollout.engine import Sampling, WeightMismatch
+
+
+def recipe_of(*overrides: str):
+    return load_recipe("geneval-scenes", list(overrides)).recipe
+
+
+# --- prompts -------------------------------------------------------------------------------------
+
+
+def test_a_step_s_prompts_depend_on_seed_and_step_alone():
+    short = _records(recipe_of("train.steps=3", "rollout.prompts_per_step=5"))
+    long = _records(recipe_of("train.steps=7", "rollout.prompts_per_step=5"))
+    other = _records(recipe_of("train.steps=3", "rollout.prompts_per_step=5", "seed=1"))
+    assert len(short) == 15
+    assert long[:15] == short
+    assert other != short
+    assert short[:5] != short[5:10]
+
+
+def test_tasks_are_drawn_as_often_as_their_weights_say():
+    weights = "prompts.tasks={position: 3, counting: 1, colors: 0}"
+    records = _records(recipe_of("train.steps=60", "rollout.prompts_per_step=10", weights))
+    counts = Counter(record["metadata"]["tag"] for record in records)
+    assert set(counts) == {"position", "counting"}
+    assert 0.68 < counts["position"] / 600 < 0.82
+    plain = _records(recipe_of("train.steps=60", "rollout.prompts_per_step=10"))
+    counts = Counter(record["metadata"]["tag"] for record in plain)
+    assert len(counts) == 6
+    assert min(counts.values()) > 65
+
+
+def test_records_of_a_file_keep_their_columns_and_their_own_tags(tmp_path):
+    lines = [{"prompt": f"p{i}", "metadata": {"tag": "own"}, "size": i} for i in range(4)]
+    path = tmp_path / "mine.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    records = _records(recipe_of(f"prompts.source={path}", "train.steps=9"))
+    assert {r["prompt"] for r in records} == {"p0", "p1", "p2", "p3"}
+    assert all(r["prompt"] == f"p{r['size']}" for r in records)
+
+
+# --- paths ---------------------------------------------------------------------------------------
+
+
+def test_files_are_found_beside_the_recipe_and_beside_those_it_extends(
+    tmp_path, monkeypatch, policy_folder
+):
+    write_recipe(tmp_path / "parent", policy_folder)
+    (tmp_path / "child").mkdir()
+    (tmp_path / "child" / "recipe.yaml").write_text(
+        "extends: ../parent/recipe.yaml\nname: child\nprompts: {source: mine.jsonl}\n"
+    )
+    (tmp_path / "child" / "mine.jsonl").write_text('{"prompt": "x"}\n')
+    monkeypatch.chdir(tmp_path)
+    loaded = load_recipe("child/recipe.yaml", ["policy.path=relative/policy"])
+    recipe = _located(loaded.recipe, loaded.files)
+    assert recipe.rewards.functions[0].use == f"{tmp_path / 'parent' / 'redness.py'}:redness"
+    assert recipe.prompts.source == str(tmp_path / "child" / "mine.jsonl")
+    assert recipe.policy.path == str(tmp_path / "relative" / "policy")
+
+
+def test_names_are_not_paths():
+    loaded = load_recipe("geneval-scenes")
+    assert _located(loaded.recipe, loaded.files) == loaded.recipe
+
+
+def test_a_folder_that_is_no_run_cannot_be_resumed(tmp_path):
+    with pytest.raises(RunError, match=r"recipe\.yaml is missing"):
+        resume(tmp_path)
+
+
+# --- options -------------------------------------------------------------------------------------
+
+
+def test_the_recipe_s_options_reach_trl(tmp_path):
+    config = trainer_config(
+        recipe_of(
+            "rollout.group_size=6", "rollout.prompts_per_step=4", "train.micro_batch=8",
+            "algorithm.beta=0.03", "algorithm.clip_low=0.1", "algorithm.clip_high=0.3",
+            "algorithm.advantage_scale=none", "algorithm.importance_cap=3.0",
+            "rollout.temperature=0.9", "train.grad_clip=null", "train.weight_decay=0.01",
+            "train.warmup_steps=7", "train.learning_rate=2e-4", "save.every=11",
+            f"seed={2**40 + 5}",
+        ),
+        tmp_path,
+        36,
+    )  # fmt: skip
+    expected = {
+        "per_device_train_batch_size": 8,
+        "gradient_accumulation_steps": 3,
+        "generation_batch_size": 24,
+        "num_generations": 6,
+        "max_completion_length": 36,
+        "beta": 0.03,
+        "epsilon": 0.1,
+        "epsilon_high": 0.3,
+        "scale_rewards": "none",
+        "vllm_importance_sampling_correction": True,
+        "vllm_importance_sampling_clip_max": 3.0,
+        "temperature": 0.9,
+        "max_grad_norm": 0.0,
+        "weight_decay": 0.01,
+        "warmup_steps": 7,
+        "learning_rate": 2e-4,
+        "save_steps": 11,
+        "seed": 5,
+    }
+    assert {name: getattr(config, name) for name in expected} == expected
+
+
+# --- the engine's weights ------------------------------------------------------------------------
+
+
+def test_the_held_out_curve_is_drawn_with_the_weights_of_its_step(policy):
+    events = []
+
+    class Watched:
+        def generate(self, prompt_ids, n, sampling, seeds):
+            events.append(("generate", n, sampling, tuple(seeds)))
+            return engine_of(policy).generate(prompt_ids, n, sampling, seeds)
+
+    recipe = recipe_of("evals.limit=3", "decode.eval.steps=1", "rollout.temperature=0.5", "seed=9")
+    sampler = Sampler(policy, Watched(), Sampling(0.5), Decode(1, 1.0), run_seed=9)
+    held_out = _held_out(recipe, sampler, lambda step: events.append(("sync", step)))
+    first, second = held_out(0), held_out(10)
+    assert [event[:2] for event in events] == [
+        ("sync", 0), ("generate", 1), ("sync", 10), ("generate", 1),
+    ]  # fmt: skip
+    # The same prompts and seeds at every step of every run, at temperature 1.
+    assert events[1] == events[3]
+    assert events[1][2] == Sampling()
+    assert first == second
+    assert set(first) > {"strict", "per_task"}
+
+
+def test_a_sync_refuses_an_engine_that_computes_something_else(policy, policy_folder):
+    from policy import Policy
+
+    other = Policy.from_pretrained(policy_folder)
+    with torch.no_grad():
+        other.ar.model.norm.weight *= 1.01
+
+    class Deaf:
+        def __init__(self):
+            self.inner = engine_of(other)
+            self.dtype = self.inner.dtype
+            self.generate, self.fingerprint = self.inner.generate, self.inner.fingerprint
+
+        def load_weights(self, tensors, step):
+            list(tensors)
+
+    for step in (0, 1):
+        with pytest.raises(WeightMismatch):
+            _sync(policy, Deaf())(step)
+
+
+# --- quiet and signals ---------------------------------------------------------------------------
+
+
+def test_libraries_are_quiet_inside_and_as_before_afterwards(policy, tmp_path, capfd, caplog):
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    libraries = (transformers_logging, diffusers_logging)
+    names = ("transformers", "diffusers", "trl")
+    before = [logging.getLogger(name).level for name in names]
+    for library in libraries:
+        library.enable_progress_bar()
+    with quiet_libraries():
+        with quiet_libraries():
+            pass
+        for name in names:
+            logging.getLogger(f"{name}.somewhere").warning("chatter of %s", name)
+            logging.getLogger(f"{name}.somewhere").error("trouble of %s", name)
+        assert not any(library.is_progress_bar_enabled() for library in libraries)
+        policy.ar.save_pretrained(tmp_path / "ar")
+    assert capfd.readouterr().err.count("Writing model shards") == 0
+    assert "chatter" not in caplog.text
+    assert all(library.is_progress_bar_enabled() for library in libraries)
+    assert [logging.getLogger(name).level for name in names] == before
+    with pytest.raises(KeyError), quiet_libraries():
+        raise KeyError
+    assert [logging.getLogger(name).level for name in names] == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_is_noted_and_the_second_acts(number):
+    before = signal.getsignal(number)
+    callback = InterruptCallback()
+    control = type("Control", (), {"should_save": False, "should_training_stop": False})()
+    try:
+        callback.on_train_begin(None, None, control)
+        callback.on_step_end(None, None, control)
+        assert not control.should_training_stop
+        signal.raise_signal(number)
+        callback.on_step_end(None, None, control)
+        assert control.should_save
+        assert control.should_training_stop
+        assert signal.getsignal(number) == before
+    finally:
+        callback.give_back()
+    assert signal.getsignal(number) == before
+
+
+def test_signals_are_given_back_when_training_fails(policy_folder, tmp_path, monkeypatch):
+    from rl.grpo import ImageGRPOTrainer
+    from rl.run import train
+
+    def fails(self, *args, **kwargs):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(ImageGRPOTrainer, "rollout", fails)
+    before = signal.getsignal(signal.SIGINT)
+    loaded = load_recipe(write_recipe(tmp_path / "recipe", policy_folder))
+    with pytest.raises(ZeroDivisionError):
+        train(loaded, tmp_path / "run")
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_the_example_recipe_names_a_reward_beside_it():
+    root = Path(__file__).resolve().parents[2]
+    loaded = load_recipe(root / "examples" / "custom_reward" / "recipe.yaml")
+    uses = [f.use for f in _located(loaded.recipe, loaded.files).rewards.functions]
+    assert f"{root / 'examples' / 'custom_reward' / 'warmth.py'}:warmth" in uses
