@@ -23,7 +23,9 @@ def write(checkpoints: Path, step: int, keep_last: int = 2) -> Path:
     for name, data in FILES.items():
         (staged / name).parent.mkdir(parents=True, exist_ok=True)
         (staged / name).write_bytes(data + str(step).encode())
-    return publish(staged, checkpoints, step, keep_last)
+    folder = publish(staged, checkpoints, step, keep_last)
+    assert not staged.exists()  # moved in one rename: a copy could be seen half done
+    return folder
 
 
 def names(checkpoints: Path) -> list[str]:

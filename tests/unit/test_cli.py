@@ -199,6 +199,7 @@ def test_plan_counts_work_and_reads_sizes_without_torch(small_policy):
     arguments = [
         "plan", "geneval-scenes", f"policy.path={small_policy}", "train.steps=10", "save.every=4",
         "policy.lora.rank=2", "policy.lora.targets=[q_proj, v_proj]",
+        "decode.train.steps=6", "decode.train.guidance=1.5",
     ]  # fmt: skip
     code = "import sys; from cli.main import main; code = main(); "
     code += "assert 'torch' not in sys.modules; sys.exit(code)"

@@ -70,13 +70,14 @@ def test_editor_schema_refuses_an_unknown_key():
         jsonschema.validate({"kind": "grpo", "train": {"learning_rte": 1}}, file_schema())
 
 
-def test_recommended_recipe_has_the_values_of_the_study():
+def test_recommended_recipe_has_the_values_of_the_recorded_run():
     recipe = load_recipe("geneval-scenes").recipe
     assert (recipe.rollout.group_size, recipe.rollout.prompts_per_step) == (12, 12)
     assert (recipe.rollout.engine, recipe.rollout.temperature) == ("transformers", 1.0)
     assert (recipe.policy.path, recipe.policy.lora.rank) == ("base", 16)
     decode = recipe.decode.train
-    assert (decode.steps, decode.guidance, decode.noise) == (6, 1.5, "shared_in_group")
+    assert (decode.steps, decode.guidance, decode.noise) == (2, 1.0, "shared_in_group")
+    assert (recipe.decode.eval.steps, recipe.decode.eval.guidance) == (6, 1.5)
     assert recipe.rewards.functions[0].use == "geneval"
     assert recipe.rewards.functions[0].args["extra_penalty"] == 0.15
     assert (recipe.algorithm.beta, recipe.algorithm.clip_low) == (0, 0.2)
