@@ -30,7 +30,10 @@ def register(app: typer.Typer) -> None:
 
         with console.progress() as progress:
             progress.start("load", None)  # torch and its company take seconds to import
-            from rl.run import train as start
+            if loaded.recipe.kind == "grpo":
+                from rl.run import train as start
+            else:
+                from rl.build import build as start
 
             progress.finish("load")
             start(loaded, run_dir, progress)

@@ -166,15 +166,19 @@ class Policy(nn.Module):
         Returns hidden [B, T, H] after the final norm and log-probs [B, T - 1] of
         `input_ids[:, 1:]`. The mask is honoured, so padded rows do not reach real ones.
         """
-        hidden = self.ar.model(
+        hidden = self._hidden_states(input_ids, attention_mask)
+        logits = self.ar.lm_head(hidden[:, :-1]).float()
+        chosen = logits.gather(-1, input_ids[:, 1:, None])[..., 0]
+        return hidden, chosen - logits.logsumexp(-1)
+
+    def _hidden_states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Hidden states [B, T, H] after the final norm; padding is masked and takes no position."""
+        return self.ar.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0),
             use_cache=False,
         ).last_hidden_state
-        logits = self.ar.lm_head(hidden[:, :-1]).float()
-        chosen = logits.gather(-1, input_ids[:, 1:, None])[..., 0]
-        return hidden, chosen - logits.logsumexp(-1)
 
     def null_conditions(self) -> Tensor:
         """Return the one null condition, connector(0), [1, 1 + N, width]."""
@@ -226,12 +230,7 @@ class Policy(nn.Module):
         ids = torch.cat([prompts, completion_ids.to(self.device)], 1)
         mask = torch.cat([mask, torch.ones_like(completion_ids, device=self.device)], 1)
         with evaluation_mode(self.ar):
-            hidden = self.ar.model(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
-                use_cache=False,
-            ).last_hidden_state
+            hidden = self._hidden_states(ids, mask)
         return hidden[:, -(1 + self.config.num_tokens) :]
 
     @torch.no_grad()

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from common.atomic import write_text
+from common.errors import RecipeError
 from common.journal import Journal
 from common.progress import Progress, SilentProgress
 from common.seeds import counter_seed
@@ -68,6 +69,7 @@ def build(loaded: LoadedRecipe, run_dir: Path, progress: Progress | None = None)
     """Run one stage; the result is `run_dir/policy`, the numbers are in `metrics.jsonl`."""
     recipe = loaded.recipe
     assert isinstance(recipe, StageRecipe)
+    _refuse_what_is_missing(recipe)
     progress = progress or SilentProgress()
     run_dir.mkdir(parents=True, exist_ok=True)
     write_text(run_dir / "recipe.yaml", dump_recipe(recipe))
@@ -86,6 +88,34 @@ def build(loaded: LoadedRecipe, run_dir: Path, progress: Progress | None = None)
     shutil.rmtree(staged, ignore_errors=True)
     policy.save_pretrained(staged)
     staged.rename(run_dir / "policy")
+
+
+def _refuse_what_is_missing(recipe: StageRecipe) -> None:
+    """Raise RecipeError for values of the schema that this version does not act on."""
+    served = {
+        "data.source": (recipe.data.source, "scenes"),
+        "data.split": (recipe.data.split, "train"),
+        "policy.dtype": (recipe.policy.dtype, "float32"),
+    }
+    for key, (value, only) in served.items():
+        if value != only:
+            raise RecipeError(
+                f"{recipe.name}: {key} is {value!r}, which building a policy does not support.\n"
+                f"    Fix: write {key}: {only}"
+            )
+    if recipe.policy.device == "cuda":
+        raise RecipeError(
+            f"{recipe.name}: policy.device is 'cuda', which building a policy does not support."
+            "\n    Fix: write policy.device: auto"
+        )
+    if isinstance(recipe, ImageTokenizerRecipe):
+        train = recipe.train
+        if train.unquantized_steps >= train.steps:
+            raise RecipeError(
+                f"{recipe.name}: train.unquantized_steps is {train.unquantized_steps} of "
+                f"{train.steps} steps, so the codebook would never be placed.\n"
+                "    Fix: lower train.unquantized_steps or raise train.steps"
+            )
 
 
 def run_stage(

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 import rl.pretrain
+from cli.main import main
+from common.errors import RecipeError
 from common.journal import read_journal
 from data.scenes import TASKS, caption, sample_scene
 from policy import Policy
@@ -347,3 +349,33 @@ def test_pretraining_lowers_the_loss_it_minimises(policy_folder, tmp_path):
         with torch.no_grad():
             losses[name] = float(joint(**batch)["loss"])
     assert losses["after"] < losses["before"] - 1
+
+
+# --- what a stage refuses -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "data.source=shards-{000..009}.tar",
+        "data.split=tune",
+        "policy.dtype=bfloat16",
+        "policy.device=cuda",
+        "train.unquantized_steps=1200",
+    ],
+)
+def test_a_value_that_building_does_not_act_on_is_refused_before_anything_is_written(
+    override, tmp_path
+):
+    loaded = load_recipe("base/1-image-tokenizer", [override])
+    with pytest.raises(RecipeError, match=override.split("=")[0]):
+        build(loaded, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_command_line_builds_stages(tmp_path, capsys):
+    run = tmp_path / "run"
+    short = ["train.steps=2", "train.unquantized_steps=1", "train.batch_size=4"]
+    assert main(["train", "base/1-image-tokenizer", *short, "--out", str(run)]) == 0
+    assert (run / "policy" / "policy.json").is_file()
+    assert str(run / "policy") in capsys.readouterr().out
