@@ -27,9 +27,10 @@ check: .venv/ready
 	@$(bin)/mypy --no-error-summary
 	@echo "Lint and types are clean."
 
-# pytest comes last, so that its closing line is the last line. It fails when no test ran.
+# pytest comes last, so that its closing line is the last line. It fails when no test ran. One thread:
+# the tests are full of tiny matrices and of processes that would fight over two cores.
 test: check
-	@$(python) -m pytest
+	@OMP_NUM_THREADS=1 $(python) -m pytest
 
 base: .venv/ready
 	@$(python) -m rl.make_base
