@@ -348,7 +348,7 @@ def _located(recipe: GrpoRecipe, files: Sequence[Path]) -> GrpoRecipe:
 def _grpo(loaded: LoadedRecipe) -> GrpoRecipe:
     if not isinstance(loaded.recipe, GrpoRecipe):
         raise RunError(
-            f"`{loaded.recipe.name}` is a {loaded.recipe.kind} recipe; "
-            "`atelier train` runs grpo recipes."
+            f"`{loaded.recipe.name}` is a {loaded.recipe.kind} recipe, and only grpo runs can be "
+            "resumed.\n    Fix: run the stage again with `atelier train` and another --out."
         )
     return loaded.recipe

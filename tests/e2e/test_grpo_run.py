@@ -339,8 +339,15 @@ def test_a_wrong_recipe_is_refused(train):
     refused(train("train.stepz=3"), 2, "train.stepz", "did you mean `steps`?")
 
 
-def test_a_recipe_of_another_kind_is_refused(train):
-    refused(train(recipe="base/2-autoencoder"), 1, "autoencoder", "grpo")
+def test_a_stage_run_cannot_be_resumed_and_says_so(tmp_path, capfd):
+    from cli.main import main
+
+    (tmp_path / "recipe.yaml").write_text("extends: base/2-autoencoder\n")
+    assert main(["resume", str(tmp_path)]) == 1
+    message = " ".join(capfd.readouterr().err.split())
+    assert "autoencoder" in message
+    assert "resume" in message
+    assert "Traceback" not in message
 
 
 def test_a_missing_policy_is_refused(train, tmp_path):
