@@ -32,6 +32,15 @@ HARD = (
 )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Sums are taken in another order by another number of threads, here as in the children."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def recipe(policy_folder, tmp_path_factory) -> Path:
     return write_recipe(tmp_path_factory.mktemp("recipe"), policy_folder)
