@@ -306,5 +306,6 @@ def _save_scheduler(diffusion: str, folder: Path) -> None:
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(found)
     known = FlowMatchEulerDiscreteScheduler().config
     folder.mkdir()
-    facts = {key: value for key, value in scheduler.config.items() if key in known}
+    facts = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
+    facts |= {key: value for key, value in scheduler.config.items() if key in known}
     (folder / "scheduler_config.json").write_text(json.dumps(facts, indent=2) + "\n")
