@@ -32,9 +32,11 @@ def read_picture(file: Path) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             opened = Image.open(file)
-        if opened.width * opened.height > MOST_PIXELS:
-            raise Image.DecompressionBombError
-        opened.load()
+        with opened:
+            if opened.width * opened.height > MOST_PIXELS:
+                raise Image.DecompressionBombError
+            opened.load()
+            picture = ImageOps.exif_transpose(opened)
     except Image.DecompressionBombError:
         raise DataError(
             f"{file} has more than {MOST_PIXELS // 10**6} million pixels.\n"
@@ -44,7 +46,7 @@ def read_picture(file: Path) -> Image.Image:
         raise DataError(
             f"{file} cannot be read as a picture ({error}).\n    Fix: copy or export it again."
         ) from error
-    picture = _eight_bit_rgb(ImageOps.exif_transpose(opened), file)
+    picture = _eight_bit_rgb(picture, file)
     factor = min(picture.size) // LARGEST_SIDE
     return picture.reduce(factor) if factor > 1 else picture
 
