@@ -21,6 +21,7 @@ VERBS = (
     "schema",
     "train",
     "resume",
+    "convert",
     "sample",
     "eval",
     "report",

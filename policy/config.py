@@ -9,6 +9,18 @@ from common.errors import PolicyError
 
 FORMAT = 1
 
+ROUTES = ("cross_attention", "noise_space")
+"""Ways in which the diffusion head sees a reference picture (spec section 1.9 (a) and (b))."""
+
+COMPATIBILITY = ("tail_slice", "squashed_tokens")
+"""Faults of the published code that released weights were trained with, each off by default.
+
+`tail_slice`: training conditions on the last 1 + N rows of the padded batch, whatever they are
+(spec section 1.5), instead of `<S0>` and the image tokens. Inference never did.
+`squashed_tokens`: image tokens describe the whole picture squashed into a square, while latents
+describe its centre (spec section 1.3), instead of both describing the centre.
+"""
+
 
 @dataclass(frozen=True)
 class PolicyConfig:
@@ -37,6 +49,13 @@ class PolicyConfig:
     """Default number of Euler steps of `render`."""
     guidance: float
     """Default classifier-free guidance scale of `render`; 1 leaves the null branch out."""
+    edit_template: str | None = None
+    """Chat text around `{prompt}` and `{references}` of an edit; `{images}` becomes "this image"
+    or, with several references, "these images". None: the policy takes no references."""
+    routes: tuple[str, ...] = ()
+    """Default of `render` for pictures with a reference: a subset of `ROUTES`."""
+    compatibility: tuple[str, ...] = ()
+    """Faults to repeat: a subset of `COMPATIBILITY`."""
     provenance: dict[str, Any] = field(default_factory=dict)
     format: int = FORMAT
 
@@ -60,8 +79,15 @@ class PolicyConfig:
                 "Give the folder that `atelier train` or `atelier convert` wrote."
             )
         try:
-            return cls(**json.loads(path.read_text(encoding="utf-8")))
-        except (TypeError, json.JSONDecodeError) as error:
+            facts = json.loads(path.read_text(encoding="utf-8"))
+            for key, known in (("routes", ROUTES), ("compatibility", COMPATIBILITY)):
+                facts[key] = tuple(facts.get(key, ()))
+                if unknown := sorted(set(facts[key]) - set(known)):
+                    raise PolicyError(
+                        f"{path}: {key} holds {unknown[0]!r}, which is none of {', '.join(known)}."
+                    )
+            return cls(**facts)
+        except (TypeError, AttributeError, json.JSONDecodeError) as error:
             raise PolicyError(
                 f"{path} cannot be read as a policy description ({error}). "
                 "Restore the file from the policy's source."

@@ -39,6 +39,12 @@ class Connector(nn.Sequential):
         )
         self.position = nn.Parameter(torch.zeros(positions, width)) if positions else None
 
+    @property
+    def width(self) -> int:
+        """Channels of a condition row."""
+        norm: ConnectorNorm = self[3]  # type: ignore[assignment]
+        return len(norm.weight)
+
     def forward(self, input: Tensor) -> Tensor:
         """Map hidden states [B, R, hidden] to conditions [B, R, width]."""
         conditions = super().forward(input)
@@ -46,15 +52,19 @@ class Connector(nn.Sequential):
 
     def save_pretrained(self, path: Path) -> None:
         """Write config.json and model.safetensors into folder `path`."""
+        self.save_config(path)
+        save_file(self.state_dict(), path / "model.safetensors")
+
+    def save_config(self, path: Path) -> None:
+        """Write config.json into folder `path`."""
         path.mkdir(parents=True, exist_ok=True)
         linear: nn.Linear = self[0]  # type: ignore[assignment]
         facts = {
             "hidden_size": linear.in_features,
-            "width": linear.out_features,
+            "width": self.width,
             "positions": 0 if self.position is None else len(self.position),
         }
         (path / "config.json").write_text(json.dumps(facts, indent=2) + "\n")
-        save_file(self.state_dict(), path / "model.safetensors")
 
     @classmethod
     def from_pretrained(cls, path: Path) -> "Connector":
@@ -62,3 +72,13 @@ class Connector(nn.Sequential):
         connector = cls(**json.loads((path / "config.json").read_text()))
         connector.load_state_dict(load_file(path / "model.safetensors"))
         return connector
+
+
+def new_reference_connector(latent_channels: int, width: int, positions: int = 0) -> Connector:
+    """Return a connector for reference latents, started almost silent (spec section 1.9 (a))."""
+    connector = Connector(latent_channels, width, positions)
+    for module in connector:
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight, gain=0.1)
+            nn.init.zeros_(module.bias)
+    return connector

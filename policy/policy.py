@@ -11,18 +11,21 @@ import torch
 from diffusers import AutoencoderDC, SanaTransformer2DModel
 from PIL import Image
 from safetensors import SafetensorError
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from common.errors import PolicyError
 from common.seeds import counter_seed
-from policy.config import PolicyConfig
+from policy.config import ROUTES, PolicyConfig
 from policy.connector import Connector
 from policy.diffusion import sample_latents
 from policy.image_tokenizer import ImageTokenizer
+from policy.pixels import square, to_images
+from policy.prompts import PromptEncoder, check_length, prompt_text
 from policy.quiet import quiet_libraries
 from policy.sampling import ImageTokenSampler, Sampling, evaluation_mode, left_pad
+
+__all__ = ["Policy", "to_images"]
 
 _T = TypeVar("_T")
 
@@ -31,7 +34,8 @@ class Policy(nn.Module):
     """Everything that turns a prompt into a picture, on disk as one folder (design: contracts).
 
     The language model's hidden states at `<S0>` and the N image tokens, 1 + N rows, condition the
-    diffusion head (spec section 1.5: the correct slice, not the published tail slice).
+    diffusion head (spec section 1.5: the correct slice, not the published tail slice). A policy
+    that edits has, beside its connector, one for the latents of a reference picture.
     """
 
     def __init__(
@@ -44,6 +48,7 @@ class Policy(nn.Module):
         diffusion: SanaTransformer2DModel,
         vae: AutoencoderDC,
         scheduler_config: dict[str, Any],
+        reference_connector: Connector | None = None,
     ) -> None:
         super().__init__()
         self.config = config
@@ -54,6 +59,9 @@ class Policy(nn.Module):
         self.diffusion = diffusion
         self.vae = vae
         self.scheduler_config = scheduler_config
+        self.reference_connector = reference_connector
+        self.upstream: dict[str, bytes] = {}
+        """Files of a published checkpoint that no picture depends on, for the way back."""
 
     @property
     def device(self) -> torch.device:
@@ -87,7 +95,12 @@ class Policy(nn.Module):
                     folder / "scheduler",
                     lambda p: json.loads((p / "scheduler_config.json").read_text()),
                 ),
+                _read(folder / "reference_connector", Connector.from_pretrained)
+                if "cross_attention" in config.routes or (folder / "reference_connector").is_dir()
+                else None,
             )
+        upstream = (folder / "upstream").glob("*")
+        policy.upstream = {file.name: file.read_bytes() for file in upstream}
         return policy.to(device=device, dtype=dtype).eval()
 
     def save_pretrained(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
@@ -106,6 +119,11 @@ class Policy(nn.Module):
             self.connector.save_pretrained(folder / "connector")
             self.diffusion.save_pretrained(folder / "diffusion")
             self.vae.save_pretrained(folder / "vae")
+        if self.reference_connector is not None:
+            self.reference_connector.save_pretrained(folder / "reference_connector")
+        for name, data in self.upstream.items():
+            (folder / "upstream").mkdir(exist_ok=True)
+            (folder / "upstream" / name).write_bytes(data)
         (folder / "scheduler").mkdir(exist_ok=True)
         (folder / "scheduler" / "scheduler_config.json").write_text(
             json.dumps(self.scheduler_config, indent=2) + "\n"
@@ -114,49 +132,45 @@ class Policy(nn.Module):
     # --- text ------------------------------------------------------------------------------
 
     def prompt_text(self, prompt: str, references: int = 0) -> str:
-        """Return the chat template around `prompt`, ending in `<im_start><S0>`."""
-        if references:
-            raise PolicyError(
-                "This policy takes no reference pictures; use one with edit connectors."
-            )
-        return self.config.prompt_template.replace("{prompt}", prompt) + "<im_start><S0>"
+        """Return the chat template around `prompt`, ending in `<im_start><S0>`.
 
-    def prompt_ids(self, prompts: Sequence[str]) -> list[list[int]]:
-        """Return token ids of each prompt's full text.
-
-        The prompt itself is tokenised apart from the template, by a tokenizer without added
-        tokens, so text such as `<I12>` stays text and cannot inject image tokens.
+        Each of the `references` pictures is written as `<image>`.
         """
-        before, after = self.prompt_text("{prompt}").split("{prompt}")
-        head = self._ids(before)
-        tail = self._ids(after)
-        encoded = self._text_tokenizer.encode_batch(list(prompts), add_special_tokens=False)
-        return [head + text.ids + tail for text in encoded]
+        return prompt_text(self.config, prompt, references)
 
-    def _ids(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+    def prompt_ids(
+        self, prompts: Sequence[str], references: Tensor | None = None
+    ) -> list[list[int]]:
+        """Return token ids of each prompt's full text; `references` [B, R, N] are image codes.
+
+        Prompts stay text: `<I12>` in one cannot inject an image token. Raises `DataError` for a
+        prompt that is too long for the language model.
+        """
+        ids = self._prompt_encoder.ids(self.config, prompts, references)
+        context = int(self.ar.config.max_position_embeddings)
+        check_length(ids, prompts, context - self.config.num_tokens)
+        return ids
 
     @cached_property
-    def _text_tokenizer(self) -> Tokenizer:
-        facts = json.loads(self.tokenizer.backend_tokenizer.to_str())
-        plain: dict[str, Any] = {"added_tokens": [], "padding": None, "truncation": None}
-        return Tokenizer.from_str(json.dumps(facts | plain))
+    def _prompt_encoder(self) -> PromptEncoder:
+        return PromptEncoder(self.tokenizer)
 
     # --- pictures --------------------------------------------------------------------------
 
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> Tensor:
-        """Return image codes int64 [B, N] of pixels [B, 3, H, W] in [-1, 1]."""
-        side = self.config.tokenizer_image_size
-        if pixels.shape[-2:] != (side, side):
-            pixels = nn.functional.interpolate(
-                pixels, (side, side), mode="bicubic", antialias=True, align_corners=False
-            )
+        """Return image codes int64 [B, N] of pixels [B, 3, H, W] in [-1, 1].
+
+        Of a picture that is not square, codes and latents both describe the centre.
+        """
+        crop = "squashed_tokens" not in self.config.compatibility
+        pixels = square(pixels, self.config.tokenizer_image_size, crop)
         return self.image_tokenizer.encode(pixels.to(self.device, self.ar.dtype))
 
     @torch.no_grad()
     def encode_latents(self, pixels: Tensor) -> Tensor:
         """Return scaled diffusion latents [B, C, S, S] of pixels [B, 3, H, W] in [-1, 1]."""
+        pixels = square(pixels, self.config.image_size)
         latents = self.vae.encode(pixels.to(self.device, self.ar.dtype)).latent
         return latents * self.vae.config.scaling_factor
 
@@ -180,10 +194,55 @@ class Policy(nn.Module):
             use_cache=False,
         ).last_hidden_state
 
-    def null_conditions(self) -> Tensor:
-        """Return the one null condition, connector(0), [1, 1 + N, width]."""
-        rows, width = 1 + self.config.num_tokens, self.ar.config.hidden_size
-        return self.connector(torch.zeros(1, rows, width, device=self.device, dtype=self.ar.dtype))
+    def condition_slice(self, hidden: Tensor, input_ids: Tensor) -> Tensor:
+        """Return rows [B, 1 + N, H] of hidden states [B, T, H]: `<S0>` and the N image tokens.
+
+        They follow the last `<im_start>` of each row of `input_ids` [B, T], wherever the padding
+        stands. With the compatibility switch `tail_slice` they are the last rows, whatever they
+        are, as the published training has it (spec section 1.5).
+        """
+        rows = 1 + self.config.num_tokens
+        if "tail_slice" in self.config.compatibility:
+            return hidden[:, -rows:]
+        starts = input_ids == self.config.im_start_id
+        first = input_ids.shape[1] - starts.flip(1).int().argmax(1)
+        if not bool(starts.any(1).all()) or int(first.max()) + rows > input_ids.shape[1]:
+            raise PolicyError(f"a sequence has no <im_start> that {rows} tokens follow.")
+        index = first[:, None] + torch.arange(rows, device=first.device)
+        return hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
+
+    def conditions(
+        self, hidden: Tensor, *, reference_latents: Tensor | None = None, kept: Tensor | None = None
+    ) -> Tensor:
+        """Return what the diffusion head attends to: [B, R, width].
+
+        R is 1 + N rows of hidden states [B, 1 + N, H] and, with `reference_latents` [B, C, S, S]
+        (the cross-attention route), S * S rows of the reference. Where `kept` bool [B] is false,
+        the row is the null condition: zeros before the connector for hidden states, after it for
+        the reference. Training dropout and the null branch of guidance are thus the same.
+        """
+        if kept is not None:
+            hidden = hidden * kept.view(-1, 1, 1).to(hidden.dtype)
+        conditions: Tensor = self.connector(hidden)
+        if reference_latents is None:
+            return conditions
+        if self.reference_connector is None:
+            raise PolicyError("This policy has no reference connector for cross-attention.")
+        reference = self.reference_connector(reference_latents.flatten(2).transpose(1, 2))
+        if kept is not None:
+            reference = reference * kept.view(-1, 1, 1).to(reference.dtype)
+        return torch.cat([conditions, reference], dim=1)
+
+    def null_conditions(self, reference: bool = False) -> Tensor:
+        """Return the null condition [1, R, width]: connector(0), and zeros for a reference."""
+        config = self.config
+        like = {"device": self.device, "dtype": self.ar.dtype}
+        hidden = torch.zeros(1, 1 + config.num_tokens, self.ar.config.hidden_size, **like)
+        null: Tensor = self.connector(hidden)
+        if reference:
+            rows = torch.zeros(1, config.latent_size**2, null.shape[-1], **like)
+            null = torch.cat([null, rows], dim=1)
+        return null
 
     def noise(self, seeds: Sequence[int]) -> Tensor:
         """Return initial latents [B, C, S, S], each row a function of its own seed alone."""
@@ -199,25 +258,46 @@ class Policy(nn.Module):
         noise: Tensor | None = None,
         steps: int | None = None,
         guidance: float | None = None,
+        references: Tensor | None = None,
+        routes: Sequence[str] | None = None,
         seed: int | None = None,
     ) -> Tensor:
         """Return pictures [B, 3, H, W] in [0, 1] of hidden states [B, 1 + N, H].
 
         Give the initial `noise` [B, C, S, S] or a `seed` from which one is drawn per row.
+        `references` [B or 1, 3, H, W] in [-1, 1] reach the head by `routes` (default: the
+        policy's), a subset of `policy.config.ROUTES`.
         """
         if noise is None:
             noise = self.noise([counter_seed(seed or 0, "noise", i) for i in range(len(hidden))])
+        routes = self._routes(references, routes)
+        latents = None
+        if references is not None and routes:
+            latents = self.encode_latents(references).to(hidden.dtype)
+            latents = latents.expand(len(hidden), -1, -1, -1)
+        attended = latents if "cross_attention" in routes else None
         latents = sample_latents(
             self.diffusion,
             self.scheduler_config,
-            self.connector(hidden),
-            self.null_conditions(),
+            self.conditions(hidden, reference_latents=attended),
+            self.null_conditions(reference=attended is not None),
             noise.to(hidden.dtype),
             steps=steps or self.config.steps,
             guidance=self.config.guidance if guidance is None else guidance,
+            reference_latents=latents if "noise_space" in routes else None,
         )
         pixels = self.vae.decode(latents / self.vae.config.scaling_factor).sample
         return (pixels.float() / 2 + 0.5).clamp(0, 1)
+
+    def _routes(self, references: Tensor | None, routes: Sequence[str] | None) -> Sequence[str]:
+        if references is None:
+            if routes:
+                raise PolicyError("Routes were given, but no reference pictures to send by them.")
+            return ()
+        routes = self.config.routes if routes is None else routes
+        if unknown := sorted(set(routes) - set(ROUTES)):
+            raise PolicyError(f"There is no route {unknown[0]!r}; there are {', '.join(ROUTES)}.")
+        return routes
 
     @torch.no_grad()
     def condition_rows(self, prompt_ids: Sequence[list[int]], completion_ids: Tensor) -> Tensor:
@@ -242,20 +322,24 @@ class Policy(nn.Module):
         steps: int | None = None,
         guidance: float | None = None,
         temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
         seed: int | None = None,
         seeds: Sequence[int] | None = None,
     ) -> list[Image.Image]:
         """Return one picture per prompt.
 
         Picture i depends on its prompt and on `seeds[i]` (or on `seed` and i), not on the batch.
+        `references` [B or 1, 3, H, W] in [-1, 1] are pictures to edit: their image tokens join the
+        prompt and they reach the head by the policy's routes.
         """
-        if references is not None:
-            raise PolicyError(
-                "This policy takes no reference pictures; use one with edit connectors."
-            )
         if seeds is None:
             seeds = [counter_seed(seed or 0, "sample", i) for i in range(len(prompts))]
-        ids = self.prompt_ids(prompts)
+        codes = None
+        if references is not None:
+            self.prompt_text("", references=1)  # before any work: does it take references?
+            codes = self.encode_images(references)[:, None].expand(len(prompts), -1, -1)
+        ids = self.prompt_ids(prompts, codes)
         sampler = ImageTokenSampler(
             self.ar,
             self.config.image_start_id,
@@ -264,16 +348,13 @@ class Policy(nn.Module):
             self.config.pad_id,
         )
         token_seeds = [counter_seed(s, "tokens") for s in seeds]
-        completions, _ = sampler.sample(ids, 1, Sampling(temperature), token_seeds)
+        sampling = Sampling(temperature, top_k, top_p)
+        completions, _ = sampler.sample(ids, 1, sampling, token_seeds)
         noise = self.noise([counter_seed(s, "noise") for s in seeds])
         hidden = self.condition_rows(ids, completions)
-        return to_images(self.render(hidden, noise=noise, steps=steps, guidance=guidance))
-
-
-def to_images(pixels: Tensor) -> list[Image.Image]:
-    """Return PIL pictures of pixels [B, 3, H, W] in [0, 1]."""
-    array = (pixels.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(picture) for picture in array]
+        return to_images(
+            self.render(hidden, noise=noise, steps=steps, guidance=guidance, references=references)
+        )
 
 
 def _read(folder: Path, load: Callable[[Path], _T]) -> _T:

@@ -1,0 +1,35 @@
+"""Between pictures and pixel tensors."""
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def to_images(pixels: Tensor) -> list[Image.Image]:
+    """Return PIL pictures of pixels [B, 3, H, W] in [0, 1]."""
+    array = (pixels.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(picture) for picture in array]
+
+
+def to_pixels(picture: Image.Image) -> Tensor:
+    """Return pixels float32 [3, H, W] in [-1, 1] of an RGB picture."""
+    array = np.array(picture.convert("RGB"), dtype=np.float32)
+    return torch.from_numpy(array).permute(2, 0, 1) / 127.5 - 1
+
+
+def square(pixels: Tensor, side: int, crop: bool = True) -> Tensor:
+    """Return pixels [B, 3, side, side]: the centre square, or with `crop` off all of it squashed.
+
+    Resized as the published preprocessing does it, linearly and with a low-pass filter.
+    """
+    height, width = pixels.shape[-2:]
+    if crop and height != width:
+        edge = min(height, width)
+        top, left = (height - edge) // 2, (width - edge) // 2
+        pixels = pixels[..., top : top + edge, left : left + edge]
+    if pixels.shape[-2:] == (side, side):
+        return pixels
+    size = (side, side)
+    return F.interpolate(pixels, size, mode="bilinear", antialias=True, align_corners=False)
