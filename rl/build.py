@@ -3,7 +3,6 @@
 Each stage reads a policy folder, trains some of its parts and writes a policy folder.
 """
 
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -14,6 +13,7 @@ import torch
 from common.atomic import write_text
 from common.errors import RunError
 from common.journal import Journal
+from common.processes import is_main_process
 from common.progress import Progress, SilentProgress
 from common.seeds import counter_seed
 from policy import Policy
@@ -47,7 +47,8 @@ class RunLog:
             self.journal = Journal(self.run_dir / "metrics.jsonl")
             self.journal.rewind(-1 if self._done is None else self._done)
         self.progress.start("train", self.recipe.train.steps)
-        self.progress.advance("train", self._last)
+        if self._last:
+            self.progress.advance("train", self._last)
 
     def row(self, step: int, numbers: Mapping[str, float]) -> None:
         """Write a row of numbers."""
@@ -123,11 +124,6 @@ def _pretrain(
         shutil.rmtree(staged, ignore_errors=True)
         export_policy(recipe, newest, staged)
         staged.rename(run_dir / "policy")
-
-
-def is_main_process() -> bool:
-    """Return whether this process is alone or, under torchrun, the first of its run."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _located(recipe: PretrainRecipe) -> PretrainRecipe:

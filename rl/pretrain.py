@@ -6,7 +6,7 @@ moving one does not follow the tokens.
 """
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from common.errors import DataError, Interrupted, RecipeError, RunError
 from common.progress import Progress
@@ -59,7 +60,8 @@ class JointTrainer(Trainer):
     def __init__(
         self,
         *args: Any,
-        factor: Any,
+        make_optimizer: Callable[[], torch.optim.Optimizer],
+        factor: Callable[[int], float],
         watch: Watch,
         encoder: BatchEncoder,
         samples: int,
@@ -68,6 +70,7 @@ class JointTrainer(Trainer):
         ema: EmaCallback | None,
         **kwargs: Any,
     ) -> None:
+        self._make_optimizer = make_optimizer
         self._factor = factor
         self._watch = watch
         self._encoder = encoder
@@ -138,6 +141,12 @@ class JointTrainer(Trainer):
             )
 
     # --- optimizer ---------------------------------------------------------------------------
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Return the recipe's optimizer; DeepSpeed has it made anew."""
+        if self.optimizer is None:
+            self.optimizer = self._make_optimizer()
+        return self.optimizer
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
@@ -234,13 +243,13 @@ def pretrain(
     if faults and checkpoint is None and arguments.process_index == 0:
         watch.skipped(0, faults)
     named = [(name, p) for name, p in joint.named_parameters() if p.requires_grad]
-    optimizer: torch.optim.Optimizer = (
-        MuonAdamW(named, train.learning_rate, train.weight_decay)
-        if train.optimizer == "muon"
-        else torch.optim.AdamW(
-            [p for _, p in named], lr=train.learning_rate, weight_decay=train.weight_decay
-        )
-    )
+
+    def make_optimizer() -> torch.optim.Optimizer:
+        rate, decay = train.learning_rate, train.weight_decay
+        if train.optimizer == "muon":
+            return MuonAdamW(named, rate, decay)
+        return torch.optim.AdamW([p for _, p in named], lr=rate, weight_decay=decay)
+
     ema = EmaCallback(named, train.ema) if train.ema else None
     if ema is not None and checkpoint is not None:
         ema.load(checkpoint)
@@ -253,8 +262,8 @@ def pretrain(
         args=arguments,
         train_dataset=corpus,
         data_collator=collator,
-        optimizers=(optimizer, None),
         callbacks=callbacks,
+        make_optimizer=make_optimizer,
         factor=lambda step: trapezoid(step, train.steps, train.warmup_steps, train.decay_steps),
         watch=watch,
         encoder=encoder,
@@ -267,6 +276,8 @@ def pretrain(
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     finally:
         interrupt.give_back()
+        # Or transformers would load the next policy in pieces, too.
+        unset_hf_deepspeed_config()
     step = trainer.state.global_step
     if interrupt.interrupted and step < train.steps:
         raise Interrupted(f"stopped after step {step}; go on with `atelier resume {run_dir}`")
