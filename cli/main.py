@@ -19,6 +19,7 @@ VERBS = (
     "check",
     "plan",
     "schema",
+    "pack",
     "train",
     "resume",
     "convert",

@@ -18,6 +18,8 @@ def register(app: typer.Typer) -> None:
         from cli import console
         from cli.train import finished
         from common.errors import UsageError
+        from common.processes import is_main_process
+        from recipes import load_recipe
 
         if not (run_dir / "recipe.yaml").is_file():
             what = "holds no recipe.yaml" if run_dir.is_dir() else "is not a folder"
@@ -28,8 +30,12 @@ def register(app: typer.Typer) -> None:
 
         with console.progress() as progress:
             progress.start("load", None)  # torch and its company take seconds to import
-            from rl.run import resume as go_on
+            if load_recipe(str(run_dir / "recipe.yaml")).recipe.kind == "grpo":
+                from rl.run import resume as go_on
+            else:
+                from rl.build import resume as go_on
 
             progress.finish("load")
             go_on(run_dir, progress)
-        finished(run_dir)
+        if is_main_process():
+            finished(run_dir)

@@ -22,11 +22,13 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         """Train a policy as a recipe says."""
         from cli import console
+        from common.processes import is_main_process
         from recipes import load_recipe
 
         loaded = load_recipe(recipe, overrides or [])
         run_dir = out or Path("runs") / loaded.recipe.name
-        refuse_used(run_dir)
+        if is_main_process():
+            refuse_used(run_dir)
 
         with console.progress() as progress:
             progress.start("load", None)  # torch and its company take seconds to import
@@ -37,7 +39,8 @@ def register(app: typer.Typer) -> None:
 
             progress.finish("load")
             start(loaded, run_dir, progress)
-        finished(run_dir)
+        if is_main_process():
+            finished(run_dir)
 
 
 def refuse_used(run_dir: Path) -> None:

@@ -3,38 +3,22 @@
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, Strict, model_validator
-from pydantic_core import PydanticCustomError
 
 from recipes.schema_common import (
     Device,
     Dtype,
     Header,
     LogSection,
+    LoraSection,
     OptimizerSection,
     SaveSection,
     SceneTask,
     Section,
     TextPath,
-    Texts,
+    cross_error,
 )
 
 SCENE_TASKS: tuple[str, ...] = SceneTask.__args__  # type: ignore[attr-defined]
-
-
-class LoraSection(Section):
-    """Low-rank adapters: the base stays frozen and is the KL reference with the adapter off."""
-
-    rank: Annotated[int, Field(ge=1, le=1024, description="Rank of each adapter.")] = 16
-    alpha: Annotated[
-        float, Field(gt=0, description="Scale of the adapter; its output is times alpha / rank.")
-    ] = 32.0
-    dropout: Annotated[
-        float, Field(ge=0, lt=1, description="Probability of dropping an adapter input.")
-    ] = 0.0
-    targets: Annotated[
-        Texts,
-        Field(min_length=1, description="Names of the linear layers that get an adapter."),
-    ] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 class PolicySection(Section):
@@ -261,9 +245,3 @@ class GrpoRecipe(Header):
                 f"use a divisor of {images}.",
             )
         return self
-
-
-def cross_error(key: str, message: str, fix: str) -> PydanticCustomError:
-    """Return an error about `key` (dotted, from this section on) that the loader can explain."""
-    context = {"key": key, "message": message, "fix": fix}
-    return PydanticCustomError("cross_field", "{message}", context)

@@ -1,86 +1,81 @@
-"""Build a policy from nothing, stage by stage: image tokenizer, autoencoder, pretraining.
+"""Build a policy, stage by stage: image tokenizer, autoencoder, pretraining, fine-tuning.
 
 Each stage reads a policy folder, trains some of its parts and writes a policy folder.
 """
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from common.atomic import write_text
-from common.errors import RecipeError
+from common.errors import RunError
 from common.journal import Journal
+from common.processes import is_main_process
 from common.progress import Progress, SilentProgress
 from common.seeds import counter_seed
-from data.scenes import TASKS, caption, sample_scene
 from policy import Policy
-from policy.text import build_tokenizer
-from policy.tiny import (
-    CODES,
-    tiny_autoencoder,
-    tiny_config,
-    tiny_head,
-    tiny_image_tokenizer,
-    tiny_language_model,
-)
-from recipes import LoadedRecipe, dump_recipe
+from policy.quiet import quiet_libraries
+from recipes import LoadedRecipe, Recipe, dump_recipe, load_recipe
 from recipes.schema_pretrain import AutoencoderRecipe, ImageTokenizerRecipe, PretrainRecipe
+from rl.checkpoints import newest_valid, step_of
 from rl.codecs import scene_pixels, train_autoencoder, train_image_tokenizer
 from rl.pretrain import pretrain, task_weights
+from rl.start_policy import export_policy, load_start
 
-TEXT_VOCABULARY = 360
-SCHEDULER = {
-    "_class_name": "FlowMatchEulerDiscreteScheduler",
-    "num_train_timesteps": 1000,
-    "shift": 1.0,
-}
-StageRecipe = ImageTokenizerRecipe | AutoencoderRecipe | PretrainRecipe
+CodecRecipe = ImageTokenizerRecipe | AutoencoderRecipe
 
 
-def new_tiny_policy(seed: int) -> Policy:
-    """Return a tiny policy with random weights and a tokenizer fitted to scene captions."""
-    import numpy as np
+class RunLog:
+    """Writes what a run tells into its folder and onto the screen."""
 
-    rng = np.random.default_rng(counter_seed(seed, "captions"))
-    tasks = dict.fromkeys(TASKS, 1.0)
-    captions = [caption(sample_scene(rng, tasks, "train")) for _ in range(3000)]
-    tokenizer = build_tokenizer(captions, TEXT_VOCABULARY, CODES)
-    config = tiny_config(tokenizer)
-    torch.manual_seed(counter_seed(seed, "weights"))
-    language_model = tiny_language_model(len(tokenizer), config.pad_id, config.eos_id)
-    connector, head = tiny_head(language_model.config.hidden_size)
-    return Policy(
-        config,
-        tokenizer,
-        language_model,
-        tiny_image_tokenizer(),
-        connector,
-        head,
-        tiny_autoencoder(),
-        dict(SCHEDULER),
-    )
+    def __init__(
+        self, recipe: Recipe, run_dir: Path, progress: Progress, done: int | None = None
+    ) -> None:
+        self.recipe = recipe
+        self.run_dir = run_dir
+        self.progress = progress
+        self._done = done
+        self._last = done or 0
+
+    def begin(self) -> None:
+        """Write the recipe and open the journal, where the checkpoint at step `done` left it."""
+        if is_main_process():
+            write_text(self.run_dir / "recipe.yaml", dump_recipe(self.recipe))
+            self.journal = Journal(self.run_dir / "metrics.jsonl")
+            self.journal.rewind(-1 if self._done is None else self._done)
+        self.progress.start("train", self.recipe.train.steps)
+        if self._last:
+            self.progress.advance("train", self._last)
+
+    def row(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Write a row of numbers."""
+        self.journal.write({"step": step, **numbers})
+        facts = {k: f"{v:.4f}" for k, v in numbers.items() if isinstance(v, float)}
+        self.progress.advance("train", step - self._last, **dict(list(facts.items())[:3]))
+        self._last = step
+
+    def skipped(self, step: int, samples: Sequence[str]) -> None:
+        """Write one event for each sample that could not be read."""
+        for text in samples:
+            self.journal.write({"event": "skipped", "step": step, "sample": text})
+            self.progress.line(f"skipped {text}")
 
 
 def build(loaded: LoadedRecipe, run_dir: Path, progress: Progress | None = None) -> None:
     """Run one stage; the result is `run_dir/policy`, the numbers are in `metrics.jsonl`."""
     recipe = loaded.recipe
-    assert isinstance(recipe, StageRecipe)
-    _refuse_what_is_missing(recipe)
     progress = progress or SilentProgress()
-    run_dir.mkdir(parents=True, exist_ok=True)
-    write_text(run_dir / "recipe.yaml", dump_recipe(recipe))
-    journal = Journal(run_dir / "metrics.jsonl")
-    policy = (
-        new_tiny_policy(recipe.seed)
-        if recipe.policy.path is None
-        else Policy.from_pretrained(recipe.policy.path)
-    )
-    progress.start("train", recipe.train.steps)
-    run_stage(policy, recipe, run_dir, _logger(journal, progress))
+    if isinstance(recipe, PretrainRecipe):
+        _pretrain(_located(recipe), run_dir, progress, None)
+        return
+    assert isinstance(recipe, CodecRecipe)
+    policy = load_start(recipe.policy.path, recipe.seed)
+    log = RunLog(recipe, run_dir, progress)
+    log.begin()
+    _train_codec(policy, recipe, log)
     progress.finish("train")
     stages = [*policy.config.provenance.get("stages", []), recipe.name]
     policy.config = replace(policy.config, provenance={"stages": stages, "seed": recipe.seed})
@@ -90,50 +85,69 @@ def build(loaded: LoadedRecipe, run_dir: Path, progress: Progress | None = None)
     staged.rename(run_dir / "policy")
 
 
-def _refuse_what_is_missing(recipe: StageRecipe) -> None:
-    """Raise RecipeError for values of the schema that this version does not act on."""
-    served = {
-        "data.source": (recipe.data.source, "scenes"),
-        "data.split": (recipe.data.split, "train"),
-        "policy.dtype": (recipe.policy.dtype, "float32"),
-    }
-    for key, (value, only) in served.items():
-        if value != only:
-            raise RecipeError(
-                f"{recipe.name}: {key} is {value!r}, which building a policy does not support.\n"
-                f"    Fix: write {key}: {only}"
-            )
-    if recipe.policy.device == "cuda":
-        raise RecipeError(
-            f"{recipe.name}: policy.device is 'cuda', which building a policy does not support."
-            "\n    Fix: write policy.device: auto"
+def resume(run_dir: Path, progress: Progress | None = None) -> None:
+    """Go on from the newest whole checkpoint to the numbers an uninterrupted run gives."""
+    progress = progress or SilentProgress()
+    recipe = load_recipe(str(run_dir / "recipe.yaml")).recipe
+    if not isinstance(recipe, PretrainRecipe):
+        raise RunError(
+            f"`{recipe.name}` is a {recipe.kind} recipe, whose runs cannot be resumed.\n"
+            "    Fix: run the stage again with `atelier train` and another --out."
         )
-    if isinstance(recipe, ImageTokenizerRecipe):
-        train = recipe.train
-        if train.unquantized_steps >= train.steps:
-            raise RecipeError(
-                f"{recipe.name}: train.unquantized_steps is {train.unquantized_steps} of "
-                f"{train.steps} steps, so the codebook would never be placed.\n"
-                "    Fix: lower train.unquantized_steps or raise train.steps"
-            )
+    if (run_dir / "policy").exists():
+        raise RunError(
+            f"{run_dir} is finished: its policy is {run_dir / 'policy'}.\n"
+            "    Fix: to train longer, start a run with that policy.path and another --out."
+        )
+    checkpoint, passed_over = newest_valid(run_dir / "checkpoints")
+    for line in passed_over:
+        progress.line(f"passed over {line}")
+    progress.line(f"resuming from {checkpoint or 'the start: there is no checkpoint yet'}")
+    _pretrain(recipe, run_dir, progress, checkpoint)
 
 
-def run_stage(
-    policy: Policy,
-    recipe: StageRecipe,
-    run_dir: Path,
-    log: Callable[[int, dict[str, float]], None],
+def _pretrain(
+    recipe: PretrainRecipe, run_dir: Path, progress: Progress, checkpoint: Path | None
 ) -> None:
-    """Train the parts of `policy` that the recipe's kind names, in place."""
+    main = is_main_process()
+    if not main:
+        progress = SilentProgress()
+    done = None if checkpoint is None else step_of(checkpoint)
+    with quiet_libraries():
+        pretrain(recipe, run_dir, RunLog(recipe, run_dir, progress, done), progress, checkpoint)
+        progress.finish("train")
+        if not main:
+            return
+        newest, _ = newest_valid(run_dir / "checkpoints")
+        assert newest is not None
+        staged = run_dir / "policy.partial"
+        shutil.rmtree(staged, ignore_errors=True)
+        export_policy(recipe, newest, staged)
+        staged.rename(run_dir / "policy")
+
+
+def _located(recipe: PretrainRecipe) -> PretrainRecipe:
+    """Return the recipe with absolute paths, so that the run can be resumed from any folder."""
+    path, source = recipe.policy.path, recipe.data.source
+    if path not in (None, "base"):
+        policy = recipe.policy.model_copy(update={"path": _absolute(str(path))})
+        recipe = recipe.model_copy(update={"policy": policy})
+    if source != "scenes":
+        data = recipe.data.model_copy(update={"source": _absolute(source)})
+        recipe = recipe.model_copy(update={"data": data})
+    return recipe
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().absolute())
+
+
+def _train_codec(policy: Policy, recipe: CodecRecipe, log: RunLog) -> None:
+    """Train the image codec that the recipe's kind names, in place."""
     torch.manual_seed(counter_seed(recipe.seed, "stage", recipe.name))
-    if isinstance(recipe, PretrainRecipe):
-        pretrain(policy.train(), recipe, run_dir, log)
-        policy.eval()
-        return
     train = recipe.train
-    tasks = task_weights(recipe.data.tasks)
     seed = counter_seed(recipe.seed, "pictures", recipe.name)
-    batches = scene_pixels(seed, tasks, train.batch_size)
+    batches = scene_pixels(seed, task_weights(recipe.data.tasks), train.batch_size)
     if isinstance(recipe, ImageTokenizerRecipe):
         train_image_tokenizer(
             policy.image_tokenizer,
@@ -141,7 +155,7 @@ def run_stage(
             steps=train.steps,
             warmup_steps=recipe.train.unquantized_steps,
             learning_rate=train.learning_rate,
-            log=log,
+            log=log.row,
         )
     else:
         train_autoencoder(
@@ -150,18 +164,5 @@ def run_stage(
             steps=train.steps,
             learning_rate=train.learning_rate,
             latent_noise=recipe.train.latent_noise,
-            log=log,
+            log=log.row,
         )
-
-
-def _logger(journal: Journal, progress: Progress) -> Callable[[int, dict[str, float]], None]:
-    last = 0
-
-    def log(step: int, row: dict[str, Any]) -> None:
-        nonlocal last
-        journal.write({"step": step, **row})
-        facts = {k: f"{v:.4f}" for k, v in row.items() if isinstance(v, float)}
-        progress.advance("train", step - last, **dict(list(facts.items())[:3]))
-        last = step
-
-    return log

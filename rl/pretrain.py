@@ -1,211 +1,225 @@
-"""Joint pretraining and fine-tuning: cross-entropy on image tokens plus flow matching.
+"""Joint pretraining and fine-tuning: a `transformers.Trainer` around `JointLoss`.
 
-A `transformers.Trainer` around `JointLoss`. Which parts learn and how the two losses weigh is the
-recipe's choice; the base policy trains them one after the other (the head on a finished language
-model), because a small head trained beside a moving one does not follow the tokens.
+Which parts learn and how the two losses weigh is the recipe's choice; the base policy trains them
+one after the other (the head on a finished language model), because a small head trained beside a
+moving one does not follow the tokens.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.data import IterableDataset
+from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from common.seeds import counter_seed
-from data.scenes import (
-    TASKS,
-    Scene,
-    caption,
-    metadata,
-    metadata_held_out,
-    misdescribe,
-    paint,
-    sample_scene,
-)
-from policy.diffusion import flow_matching_loss
+from common.errors import DataError, Interrupted, RecipeError, RunError
+from common.progress import Progress
+from data.scene_edits import SceneEdits
+from data.scenes import TASKS
+from data.shards import Shards
 from policy.policy import Policy
-from policy.sampling import left_pad
 from recipes.schema_pretrain import PretrainRecipe
+from rl.callbacks import InterruptCallback
+from rl.checkpoints import publish
+from rl.corpus import BatchEncoder, Collator, PictureCorpus, Row, SceneCorpus
+from rl.ema import EmaCallback
+from rl.joint_loss import PARTS, JointLoss
 from rl.optimizers import MuonAdamW
+from rl.shard_index import LARGEST_BAD_SHARE, shard_index
+from rl.start_policy import WEIGHTS_FILE, load_trained, prepare_policy
+from rl.zero import WholeHead, zero_config
 
-OnLog = Callable[[int, dict[str, float]], None]
-_CHUNK = 2048
-
-
-class SceneCorpus(IterableDataset[dict[str, Any]]):
-    """Endless stream of training scenes as prompt ids, image codes and (if asked) latents.
-
-    Chunk k depends on the seed and k alone, so a resumed run sees the same pictures.
-    `caption_noise` is the share of captions with one wrong fact.
-    """
-
-    def __init__(
-        self,
-        policy: Policy,
-        tasks: Mapping[str, float],
-        *,
-        seed: int,
-        caption_noise: float = 0.0,
-        with_latents: bool = False,
-    ) -> None:
-        self.policy = policy
-        self.tasks = dict(tasks)
-        self.seed = seed
-        self.caption_noise = caption_noise
-        self.with_latents = with_latents
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        chunk = 0
-        while True:
-            yield from self._chunk(chunk)
-            chunk += 1
-
-    @torch.no_grad()
-    def _chunk(self, index: int) -> Iterator[dict[str, Any]]:
-        rng = np.random.default_rng(counter_seed(self.seed, "pretrain-scenes", index))
-        scenes = [sample_scene(rng, self.tasks, "train") for _ in range(_CHUNK)]
-        pixels = torch.from_numpy(np.stack([paint(scene) for scene in scenes]))
-        pixels = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
-        wrong = rng.random(_CHUNK) < self.caption_noise
-        captions = [
-            _wrong_caption(scene, rng) if is_wrong else caption(scene)
-            for scene, is_wrong in zip(scenes, wrong, strict=True)
-        ]
-        prompt_ids = self.policy.prompt_ids(captions)
-        for start in range(0, _CHUNK, 256):
-            batch = pixels[start : start + 256]
-            codes = self.policy.encode_images(batch)
-            latents = self.policy.encode_latents(batch) if self.with_latents else None
-            for i in range(len(batch)):
-                row = {"prompt_ids": prompt_ids[start + i], "codes": codes[i]}
-                if latents is not None:
-                    row["latents"] = latents[i]
-                yield row
+FEWEST_JUDGED = 1000
+"""Samples after which the share of bad ones is judged; smaller data sets are judged as a whole."""
 
 
-def _wrong_caption(scene: Scene, rng: np.random.Generator) -> str:
-    """Misdescribe the scene without stating a held-out combination, which must stay unseen."""
-    while True:
-        facts = metadata(misdescribe(scene, rng))
-        if not metadata_held_out(facts):
-            return str(facts["prompt"])
+class Watch(Protocol):
+    """What a run tells while it goes on."""
 
+    def begin(self) -> None:
+        """Everything that the run needs is there: it may leave files from now on."""
 
-class Collator:
-    """Stack rows into left-padded batches, so that image tokens end every sequence."""
+    def row(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Numbers of the steps since the last row."""
 
-    def __init__(self, pad_id: int, image_start_id: int) -> None:
-        self.pad_id = pad_id
-        self.image_start_id = image_start_id
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        prompts, mask = left_pad([row["prompt_ids"] for row in rows], self.pad_id)
-        codes = torch.stack([row["codes"] for row in rows])
-        batch = {
-            "input_ids": torch.cat([prompts, codes + self.image_start_id], 1),
-            "attention_mask": torch.cat([mask, torch.ones_like(codes)], 1),
-        }
-        if "latents" in rows[0]:
-            batch["latents"] = torch.stack([row["latents"] for row in rows])
-        return batch
-
-
-class JointLoss(nn.Module):
-    """The loss of a batch: weights times cross-entropy (nats per token) and flow matching (MSE).
-
-    Cross-entropy is taken over the image rows of the vocabulary, the only legal tokens.
-    `condition_dropout` sets a sample's hidden states to zero before the connector, which is the
-    null condition of sampling; `hidden_noise` (in units of their standard deviation) is added to
-    the others, so that the head tolerates the drift that RL causes.
-    """
-
-    def __init__(
-        self,
-        policy: Policy,
-        *,
-        cross_entropy: float,
-        flow_matching: float,
-        condition_dropout: float = 0.1,
-        hidden_noise: float = 0.0,
-        compile_backbone: bool = False,
-    ) -> None:
-        super().__init__()
-        self.policy = policy
-        self.weights = {"cross_entropy": cross_entropy, "flow_matching": flow_matching}
-        self.condition_dropout = condition_dropout
-        self.hidden_noise = hidden_noise
-        self.last: dict[str, float] = {}
-        backbone = policy.ar.model
-        # In a list, so that the compiled wrapper is not registered as a second submodule.
-        self._backbone = [torch.compile(backbone, dynamic=True) if compile_backbone else backbone]
-
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, latents: Tensor | None = None
-    ) -> dict[str, Tensor]:
-        """Return {"loss": scalar}; the parts are left in `self.last` for the log."""
-        policy, config = self.policy, self.policy.config
-        rows = 1 + config.num_tokens
-        learns = any(p.requires_grad for p in policy.ar.parameters())
-        with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
-            hidden = self._backbone[0](
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0),
-                use_cache=False,
-            ).last_hidden_state[:, -rows:]
-        loss = torch.zeros((), device=hidden.device)
-        if self.weights["cross_entropy"]:
-            first = config.image_start_id
-            head = policy.ar.lm_head.weight[first : first + config.num_image_tokens]
-            logits = F.linear(hidden[:, :-1], head)
-            targets = input_ids[:, -config.num_tokens :] - first
-            entropy = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
-            loss = loss + self.weights["cross_entropy"] * entropy
-            self.last["cross_entropy"] = entropy.item()
-        if self.weights["flow_matching"]:
-            assert latents is not None
-            matching = self._flow_matching(hidden, latents)
-            loss = loss + self.weights["flow_matching"] * matching
-            self.last["flow_matching"] = matching.item()
-        return {"loss": loss}
-
-    def _flow_matching(self, hidden: Tensor, latents: Tensor) -> Tensor:
-        batch, device = len(hidden), hidden.device
-        if self.hidden_noise:
-            hidden = hidden + self.hidden_noise * hidden.std() * torch.randn_like(hidden)
-        kept = torch.rand(batch, 1, 1, device=device) >= self.condition_dropout
-        conditions = self.policy.connector(hidden * kept)
-        time = torch.rand(batch, device=device).clamp(min=1e-3)
-        noise = torch.randn_like(latents)
-        return flow_matching_loss(self.policy.diffusion, latents, conditions, noise, time)
+    def skipped(self, step: int, samples: Sequence[str]) -> None:
+        """Samples that could not be read: `shard: key: reason`."""
 
 
 class JointTrainer(Trainer):
-    """`transformers.Trainer` on `JointLoss` that logs the two losses apart."""
+    """`transformers.Trainer` on `JointLoss`: logs both losses apart, encodes pictures, counts bad
+    samples, and writes checkpoints that hold the trained weights whole."""
+
+    def __init__(
+        self,
+        *args: Any,
+        make_optimizer: Callable[[], torch.optim.Optimizer],
+        factor: Callable[[int], float],
+        watch: Watch,
+        encoder: BatchEncoder,
+        samples: int,
+        checkpoints: Path,
+        keep_last: int,
+        ema: EmaCallback | None,
+        **kwargs: Any,
+    ) -> None:
+        self._make_optimizer = make_optimizer
+        self._factor = factor
+        self._watch = watch
+        self._encoder = encoder
+        self._samples = samples
+        self._checkpoints = checkpoints
+        self._keep_last = keep_last
+        self._ema = ema
+        self._sums: dict[str, Tensor] = {}
+        self._passes = 0
+        self._skipped: list[str] = []
+        self._bad = 0
+        super().__init__(*args, **kwargs)
+        self.remove_callback(PrinterCallback)  # the watch shows the numbers
+        if ema is not None:
+            self.add_callback(ema)
+
+    # --- a step ------------------------------------------------------------------------------
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        inputs = super()._prepare_inputs(inputs)
+        self._skipped += inputs.pop("skipped", ())
+        return self._encoder(inputs) if "pixels" in inputs else inputs
 
     def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any
+        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Tensor:
-        """Return the weighted sum; the parts are in the model's `last`."""
-        loss: Tensor = model(**inputs)["loss"]
+        """Return the weighted sum and add the parts up for the log."""
+        outputs = model(**inputs)
+        for name in PARTS:
+            if name in outputs:
+                self._sums[name] = self._sums.get(name, 0) + outputs[name]
+        self._passes += 1
+        loss: Tensor = outputs["loss"]
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add both losses of the last batch."""
-        joint: JointLoss = self.accelerator.unwrap_model(self.model)
-        super().log({**logs, **joint.last}, *args, **kwargs)
+        """Add both losses, each the mean over steps and processes since the last row."""
+        for name, total in self._sums.items():
+            mean = self.accelerator.reduce(total.float() / self._passes, "mean")
+            logs[name] = float(mean)
+        self._sums.clear()
+        self._passes = 0
+        skipped = gather_object(self._skipped)
+        self._skipped = []
+        if skipped:
+            self._bad += len(skipped)
+            logs["skipped"] = self._bad
+        if self._encoder.cut:
+            logs["captions_cut"] = self._encoder.cut
+        super().log(logs, *args, **kwargs)
+        if self.is_world_process_zero():
+            if skipped:
+                self._watch.skipped(self.state.global_step, skipped)
+            self._watch.row(self.state.global_step, logs)
+        self._judge()
+
+    def _judge(self) -> None:
+        """Stop when more samples are bad than a whole data set should have."""
+        steps = self.state.global_step - self._initial_global_step
+        seen = steps * self.args.train_batch_size * self.args.gradient_accumulation_steps
+        seen *= self.args.world_size
+        judged = max(seen, min(FEWEST_JUDGED, self._samples))
+        if self._bad > LARGEST_BAD_SHARE * judged:
+            raise DataError(
+                f"{self._bad} of the {seen} samples read so far are bad, more than "
+                f"{LARGEST_BAD_SHARE:.0%}; metrics.jsonl names each.\n"
+                "    Fix: repair or remove them, and resume or start again."
+            )
+
+    # --- optimizer ---------------------------------------------------------------------------
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Return the recipe's optimizer; DeepSpeed has it made anew."""
+        if self.optimizer is None:
+            self.optimizer = self._make_optimizer()
+        return self.optimizer
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """Return the recipe's schedule on the optimizer, as DeepSpeed may have wrapped it."""
+        if self.lr_scheduler is None:
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+                optimizer or self.optimizer, self._factor
+            )
+        return self.lr_scheduler
+
+    # --- checkpoints -------------------------------------------------------------------------
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Write the trained weights; the frozen ones are in the policy that the run began with."""
+        assert output_dir is not None
+        folder = Path(output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        joint = self.accelerator.unwrap_model(self.model)
+        state = joint.state_dict() if state_dict is None else state_dict
+        trained = [name for name, p in joint.named_parameters() if p.requires_grad]
+        save_file({n: state[n].cpu().contiguous() for n in trained}, folder / WEIGHTS_FILE)
+        if self._ema is not None:
+            self._ema.save(folder)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write into a staging folder and publish it whole."""
+        own, staging = self.args.output_dir, self._checkpoints / ".staging"
+        if self.accelerator.is_main_process:
+            shutil.rmtree(staging, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self.args.output_dir = str(staging)
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.output_dir = own
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            step = self.state.global_step
+            publish(staging / f"checkpoint-{step}", self._checkpoints, step, self._keep_last)
+            shutil.rmtree(staging)
+        self.accelerator.wait_for_everyone()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        weights = load_file(Path(resume_from_checkpoint) / WEIGHTS_FILE)
+        load_trained(self.accelerator.unwrap_model(self.model), weights)
 
 
-def pretrain(policy: Policy, recipe: PretrainRecipe, out_dir: Path, on_log: OnLog) -> None:
-    """Train the recipe's parts of `policy` in place; `on_log` gets each logged row."""
-    policy.requires_grad_(False)
-    for part in recipe.trainable:
-        getattr(policy, part).requires_grad_(True)
+class AgreedInterrupt(InterruptCallback):
+    """Stops all processes after the same step, whichever of them was asked to."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Ask for a checkpoint and the end if any process was interrupted."""
+        if args.world_size > 1:
+            asked = torch.tensor(float(self.interrupted), device=args.device)
+            torch.distributed.all_reduce(asked)
+            self.interrupted = bool(asked)
+        super().on_step_end(args, state, control, **kwargs)
+
+
+def pretrain(
+    recipe: PretrainRecipe,
+    run_dir: Path,
+    watch: Watch,
+    progress: Progress,
+    checkpoint: Path | None = None,
+) -> None:
+    """Train the recipe's parts; the last checkpoint in `run_dir/checkpoints` holds them.
+
+    Started by torchrun, all its processes work on one run. Raises Interrupted after SIGINT or
+    SIGTERM, with a checkpoint written.
+    """
+    policy, _ = prepare_policy(recipe)
     loss, train = recipe.loss, recipe.train
     joint = JointLoss(
         policy,
@@ -213,49 +227,135 @@ def pretrain(policy: Policy, recipe: PretrainRecipe, out_dir: Path, on_log: OnLo
         flow_matching=loss.flow_matching,
         condition_dropout=loss.condition_dropout,
         hidden_noise=loss.hidden_noise,
-        compile_backbone=train.compile,
+        bf16=train.bf16,
     )
+    if train.gradient_checkpointing:
+        policy.ar.gradient_checkpointing_enable({"use_reentrant": False})
+        policy.diffusion.enable_gradient_checkpointing()
+    if train.compile:
+        policy.ar.model.compile(dynamic=True)
+    arguments = training_arguments(recipe, run_dir, policy.device)
+    collator = Collator(policy.config.pad_id, policy.config.image_start_id)
+    encoder = BatchEncoder(policy, collator, _context(recipe, policy), bool(loss.flow_matching))
+    with PartialState().main_process_first():
+        corpus, samples, faults = _corpus(recipe, policy, run_dir, progress)
+    watch.begin()
+    if faults and checkpoint is None and arguments.process_index == 0:
+        watch.skipped(0, faults)
     named = [(name, p) for name, p in joint.named_parameters() if p.requires_grad]
-    optimizer: torch.optim.Optimizer = (
-        MuonAdamW(named, train.learning_rate, train.weight_decay)
-        if train.optimizer == "muon"
-        else torch.optim.AdamW(
-            [p for _, p in named], lr=train.learning_rate, weight_decay=train.weight_decay
-        )
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: trapezoid(step, train.steps, train.warmup_steps, train.decay_steps)
-    )
-    corpus = SceneCorpus(
-        policy,
-        task_weights(recipe.data.tasks),
-        seed=recipe.seed,
-        caption_noise=recipe.data.caption_noise,
-        with_latents=bool(loss.flow_matching),
-    )
-    arguments = TrainingArguments(
-        output_dir=str(out_dir),
-        seed=recipe.seed % 2**32,
-        max_steps=train.steps,
-        per_device_train_batch_size=train.batch_size,
-        max_grad_norm=train.grad_clip or 0.0,
-        use_cpu=policy.device.type == "cpu",
-        logging_steps=min(50, train.steps),
-        save_strategy="no",
-        report_to=list(recipe.log.trackers),
-        remove_unused_columns=False,
-        disable_tqdm=True,
-    )
+
+    def make_optimizer() -> torch.optim.Optimizer:
+        rate, decay = train.learning_rate, train.weight_decay
+        if train.optimizer == "muon":
+            return MuonAdamW(named, rate, decay)
+        return torch.optim.AdamW([p for _, p in named], lr=rate, weight_decay=decay)
+
+    ema = EmaCallback(named, train.ema) if train.ema else None
+    if ema is not None and checkpoint is not None:
+        ema.load(checkpoint)
+    interrupt = AgreedInterrupt()
+    callbacks: list[TrainerCallback] = [interrupt]
+    if train.deepspeed == "zero3":
+        callbacks.append(WholeHead())
     trainer = JointTrainer(
         model=joint,
         args=arguments,
         train_dataset=corpus,
-        data_collator=Collator(policy.config.pad_id, policy.config.image_start_id),
-        optimizers=(optimizer, schedule),
-        callbacks=[RowCallback(on_log)],
+        data_collator=collator,
+        callbacks=callbacks,
+        make_optimizer=make_optimizer,
+        factor=lambda step: trapezoid(step, train.steps, train.warmup_steps, train.decay_steps),
+        watch=watch,
+        encoder=encoder,
+        samples=samples,
+        checkpoints=run_dir / "checkpoints",
+        keep_last=recipe.save.keep_last,
+        ema=ema,
     )
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    finally:
+        interrupt.give_back()
+        # Or transformers would load the next policy in pieces, too.
+        unset_hf_deepspeed_config()
+    step = trainer.state.global_step
+    if interrupt.interrupted and step < train.steps:
+        raise Interrupted(f"stopped after step {step}; go on with `atelier resume {run_dir}`")
+
+
+def training_arguments(
+    recipe: PretrainRecipe, run_dir: Path, device: torch.device
+) -> TrainingArguments:
+    """Return the recipe in the trainer's option names; RunError if a batch cannot be divided."""
+    train = recipe.train
+    arguments = TrainingArguments(
+        output_dir=str(run_dir),
+        seed=recipe.seed % 2**32,
+        max_steps=train.steps,
+        max_grad_norm=train.grad_clip or 0.0,
+        use_cpu=device.type == "cpu",
+        bf16=train.bf16,
+        deepspeed=zero_config(train.deepspeed),
+        # The order is the corpus's own; see rl/corpus.py.
+        train_sampling_strategy="sequential",
+        dataloader_num_workers=recipe.data.workers,
+        logging_steps=min(recipe.log.every, train.steps),
+        save_strategy="steps",
+        save_steps=recipe.save.every,
+        report_to=list(recipe.log.trackers),
+        remove_unused_columns=False,
+        disable_tqdm=True,
+    )
+    processes = arguments.world_size
+    micro_batch = train.micro_batch or train.batch_size // processes
+    if micro_batch == 0 or train.batch_size % (processes * micro_batch):
+        raise RunError(
+            f"train.batch_size {train.batch_size} cannot be divided among {processes} processes"
+            f" in passes of {micro_batch}.\n"
+            "    Fix: make it a multiple of processes times train.micro_batch."
+        )
+    arguments.per_device_train_batch_size = micro_batch
+    arguments.gradient_accumulation_steps = train.batch_size // (processes * micro_batch)
+    return arguments
+
+
+def _context(recipe: PretrainRecipe, policy: Policy) -> int:
+    """Return the longest sequence; RecipeError if not even an empty caption fits."""
+    longest = int(policy.ar.config.max_position_embeddings)
+    context = min(recipe.data.context or longest, longest)
+    tokens = policy.config.num_tokens
+    codes = torch.zeros(1, recipe.data.references, tokens, dtype=torch.int64)
+    [empty] = policy.prompt_ids([""], codes if recipe.data.references else None)
+    if len(empty) + tokens >= context:
+        raise RecipeError(
+            f"data.context is {context}, but template and image tokens take "
+            f"{len(empty) + tokens} already.\n    Fix: raise data.context."
+        )
+    return context
+
+
+def _corpus(
+    recipe: PretrainRecipe, policy: Policy, run_dir: Path, progress: Progress
+) -> tuple[Dataset[Row], int, Sequence[str]]:
+    """Return what the run reads, how many samples there are in all, and what the shards lack."""
+    data, seed = recipe.data, recipe.seed
+    length = recipe.train.steps * recipe.train.batch_size
+    if data.source != "scenes":
+        index = shard_index(data.source, bool(data.references), run_dir, progress)
+        shards = Shards(index, policy.config.image_size, seed)
+        return PictureCorpus(shards, seed=seed, length=length), len(index.rows), index.faults
+    if data.references:
+        return PictureCorpus(SceneEdits(seed), seed=seed, length=length), length, ()
+    scenes = SceneCorpus(
+        policy,
+        task_weights(data.tasks),
+        seed=seed,
+        length=length,
+        caption_noise=data.caption_noise,
+        with_latents=bool(recipe.loss.flow_matching),
+        seeded=recipe.loss.draws == "per_sample",
+    )
+    return scenes, length, ()
 
 
 def task_weights(tasks: Mapping[Any, float] | None) -> dict[str, float]:
@@ -268,14 +368,3 @@ def trapezoid(step: int, steps: int, warmup: int, decay: int) -> float:
     up = min(1.0, (step + 1) / warmup) if warmup else 1.0
     down = min(1.0, max(0.02, (steps - step) / decay)) if decay else 1.0
     return up * down
-
-
-class RowCallback(TrainerCallback):
-    """Hand every logged row to a function."""
-
-    def __init__(self, on_log: OnLog) -> None:
-        self._give = on_log
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        """Pass the step and its numbers on."""
-        self._give(state.global_step, logs or {})

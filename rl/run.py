@@ -12,12 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import LoraConfig
-from torch import nn
 from transformers import TrainerCallback
 
 from common.atomic import write_text
-from common.errors import Interrupted, RecipeError, RunError
+from common.errors import Interrupted, RunError
 from common.journal import Journal
 from common.progress import Progress, SilentProgress
 from common.seeds import counter_seed
@@ -32,6 +30,7 @@ from rewards.runner import RewardRunner, RewardSpec
 from rl.callbacks import HeldOutCallback, InterruptCallback, JournalCallback
 from rl.checkpoints import newest_valid, step_of
 from rl.grpo import ImageGRPOTrainer, Sync
+from rl.lora import lora_config
 from rl.rollouts import Decode, Sampler
 from rl.trl_release import GRPOConfig
 from rollout.engine import Engine
@@ -75,7 +74,7 @@ def resume(run_dir: Path, progress: Progress | None = None) -> None:
 def _run(recipe: GrpoRecipe, run_dir: Path, progress: Progress, checkpoint: Path | None) -> None:
     with quiet_libraries(), ExitStack() as parts:
         policy = load_policy(recipe)
-        lora = _lora(recipe, policy)
+        lora = lora_config(recipe.policy.lora, policy) if recipe.policy.lora else None
         records = _records(recipe)
         rewards = parts.enter_context(
             RewardRunner(
@@ -188,28 +187,6 @@ def _records(recipe: GrpoRecipe) -> list[dict[str, Any]]:
             records = by_task[str(task)]
             chosen.append(records[int(rng.integers(len(records)))])
     return chosen
-
-
-def _lora(recipe: GrpoRecipe, policy: Policy) -> LoraConfig | None:
-    lora = recipe.policy.lora
-    if lora is None:
-        return None
-    # Of the decoder: the head is used by its weight, so an adapter on it would never be seen.
-    modules = policy.ar.model.named_modules()
-    known = {name.rpartition(".")[2] for name, part in modules if isinstance(part, nn.Linear)}
-    unknown = sorted(set(lora.targets) - known)
-    if unknown:
-        raise RecipeError(
-            f"policy.lora.targets: the model's layers have no linear map `{unknown[0]}`.\n"
-            f"    Fix: choose from {', '.join(sorted(known))}."
-        )
-    return LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=list(lora.targets),
-        task_type="CAUSAL_LM",
-    )
 
 
 def trainer_config(recipe: GrpoRecipe, run_dir: Path, completion_length: int) -> GRPOConfig:
@@ -346,9 +323,5 @@ def _located(recipe: GrpoRecipe, files: Sequence[Path]) -> GrpoRecipe:
 
 
 def _grpo(loaded: LoadedRecipe) -> GrpoRecipe:
-    if not isinstance(loaded.recipe, GrpoRecipe):
-        raise RunError(
-            f"`{loaded.recipe.name}` is a {loaded.recipe.kind} recipe, and only grpo runs can be "
-            "resumed.\n    Fix: run the stage again with `atelier train` and another --out."
-        )
+    assert isinstance(loaded.recipe, GrpoRecipe)
     return loaded.recipe

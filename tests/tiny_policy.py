@@ -16,7 +16,7 @@ from policy.connector import Connector
 from policy.image_tokenizer import ImageTokenizer
 from policy.text import build_tokenizer
 from policy.tiny import tiny_config
-from rl.build import SCHEDULER
+from rl.start_policy import SCHEDULER
 
 CODES, SIDE, WIDTH, HIDDEN = 64, 6, 32, 64
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-import rl.pretrain
+import rl.corpus
+import rl.joint_loss
 from cli.main import main
 from common.errors import RecipeError
 from common.journal import read_journal
@@ -15,7 +16,8 @@ from policy import Policy
 from policy.diffusion import flow_matching_loss
 from recipes import load_recipe
 from rl.build import build
-from rl.pretrain import Collator, JointLoss, SceneCorpus
+from rl.corpus import Collator, SceneCorpus
+from rl.joint_loss import JointLoss
 
 PARTS = ("ar", "image_tokenizer", "connector", "diffusion", "vae")
 PROMPTS = ["a photo of a red circle", "x", 'a sign that says "CAB"']
@@ -24,7 +26,7 @@ PROMPTS = ["a photo of a red circle", "x", 'a sign that says "CAB"']
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """A chunk of the corpus is 2048 pictures; 64 are enough here."""
-    monkeypatch.setattr(rl.pretrain, "_CHUNK", 64)
+    monkeypatch.setattr(rl.corpus, "_CHUNK", 64)
 
 
 def batch_of(policy: Policy) -> dict[str, torch.Tensor]:
@@ -57,7 +59,7 @@ def plain_hidden(policy: Policy, batch) -> torch.Tensor:
 def test_cross_entropy_is_the_mean_surprise_at_each_image_token(policy):
     batch = batch_of(policy)
     joint = JointLoss(policy, cross_entropy=2.0, flow_matching=0.0)
-    loss = joint(**batch)["loss"]
+    losses = joint(**batch)
     first, surprise = policy.config.image_start_id, []
     for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
         with torch.no_grad():
@@ -65,8 +67,9 @@ def test_cross_entropy_is_the_mean_surprise_at_each_image_token(policy):
         line = logits.double().numpy()
         logprobs = line - np.log(np.exp(line).sum(-1, keepdims=True))
         surprise += [-lp[code - first] for lp, code in zip(logprobs, ids[-36:], strict=True)]
-    assert loss.item() == pytest.approx(2 * np.mean(surprise), rel=1e-5)
-    assert joint.last == {"cross_entropy": pytest.approx(np.mean(surprise), rel=1e-5)}
+    assert losses.keys() == {"loss", "cross_entropy"}
+    assert losses["loss"].item() == pytest.approx(2 * np.mean(surprise), rel=1e-5)
+    assert losses["cross_entropy"].item() == pytest.approx(np.mean(surprise), rel=1e-5)
 
 
 def test_flow_matching_is_the_squared_error_of_the_velocity(policy):
@@ -93,36 +96,39 @@ def watched(monkeypatch):
     """Collect what the joint loss hands to the flow-matching loss."""
     calls = []
 
-    def watch(head, latents, conditions, noise, time):
+    def watch(head, latents, conditions, noise, time, reference):
         calls.append((latents, conditions.detach(), noise, time))
-        return flow_matching_loss(head, latents, conditions, noise, time)
+        return flow_matching_loss(head, latents, conditions, noise, time, reference)
 
-    monkeypatch.setattr(rl.pretrain, "flow_matching_loss", watch)
+    monkeypatch.setattr(rl.joint_loss, "flow_matching_loss", watch)
     return calls
 
 
 def test_the_head_is_conditioned_on_the_states_of_its_own_picture(policy, watched):
     batch = batch_of(policy)
     joint = JointLoss(policy, cross_entropy=1.0, flow_matching=3.0, condition_dropout=0.0)
-    loss = joint(**batch)["loss"]
+    losses = joint(**batch)
     [(latents, conditions, noise, time)] = watched
     assert torch.equal(latents, batch["latents"])
     with torch.no_grad():
         expected = policy.connector(plain_hidden(policy, batch))
         torch.testing.assert_close(conditions, expected, atol=1e-4, rtol=1e-4)
         matching = flow_matching_loss(policy.diffusion, latents, conditions, noise, time)
-    assert joint.last["flow_matching"] == pytest.approx(float(matching), rel=1e-5)
-    total = joint.last["cross_entropy"] + 3 * joint.last["flow_matching"]
-    assert loss.item() == pytest.approx(total, rel=1e-5)
+    assert losses["flow_matching"].item() == pytest.approx(float(matching), rel=1e-5)
+    total = losses["cross_entropy"] + 3 * losses["flow_matching"]
+    assert losses["loss"].item() == pytest.approx(total.item(), rel=1e-5)
 
 
-def test_noise_and_time_are_drawn_as_flow_matching_needs_them(policy, watched):
+@pytest.mark.parametrize("seeds", [None, list(range(400))], ids=["per batch", "per sample"])
+def test_noise_and_time_are_drawn_as_flow_matching_needs_them(policy, watched, seeds):
     batch = {
         key: value[:1].expand(400, *value.shape[1:]) for key, value in batch_of(policy).items()
     }
     torch.manual_seed(0)
     with torch.no_grad():
-        JointLoss(policy, cross_entropy=0, flow_matching=1, condition_dropout=0.3)(**batch)
+        JointLoss(policy, cross_entropy=0, flow_matching=1, condition_dropout=0.3)(
+            **batch, seeds=seeds
+        )
     [(_, conditions, noise, time)] = watched
     assert 0 < float(time.min()) < 0.05
     assert 0.95 < float(time.max()) <= 1
@@ -167,7 +173,7 @@ def test_gradients_reach_the_parts_that_learn_and_no_others(policy, part):
     ar = part == "ar"
     joint = JointLoss(policy, cross_entropy=float(ar), flow_matching=float(not ar))
     joint(**batch_of(policy))["loss"].backward()
-    with_gradient = {n.split(".")[1] for n, p in joint.named_parameters() if p.grad is not None}
+    with_gradient = {n.split(".")[0] for n, p in joint.named_parameters() if p.grad is not None}
     assert with_gradient == ({"ar"} if ar else {"connector", "diffusion"})
 
 
@@ -175,7 +181,8 @@ def test_gradients_reach_the_parts_that_learn_and_no_others(policy, part):
 
 
 def corpus(policy, **options) -> SceneCorpus:
-    return SceneCorpus(policy, {"colors": 1.0, "position": 1.0}, seed=3, **options)
+    tasks = {"colors": 1.0, "position": 1.0}
+    return SceneCorpus(policy, tasks, seed=3, length=10_000, **options)
 
 
 def words(policy, row) -> str:
@@ -199,8 +206,10 @@ def test_a_chunk_depends_on_seed_and_number_alone(policy):
     for one, other in zip(first, again, strict=True):
         assert one["prompt_ids"] == other["prompt_ids"]
         assert torch.equal(one["codes"], other["codes"])
-    second_chunk = list(corpus(policy)._chunk(1))
-    assert [r["prompt_ids"] for r in second_chunk] == [r["prompt_ids"] for r in first[64:128]]
+    there, back = corpus(policy), first[100]
+    assert there[5]["prompt_ids"] == first[5]["prompt_ids"]
+    assert there[100]["prompt_ids"] == back["prompt_ids"]  # from any place
+    assert there[100]["seed"] == back["seed"] != first[101]["seed"]
     assert [r["prompt_ids"] for r in first[:64]] != [r["prompt_ids"] for r in first[64:128]]
 
 
@@ -343,7 +352,7 @@ def test_pretraining_lowers_the_loss_it_minimises(policy_folder, tmp_path):
     losses = {}
     for name, folder in (("before", policy_folder), ("after", tmp_path / "run" / "policy")):
         policy = Policy.from_pretrained(folder)
-        rows = list(islice(SceneCorpus(policy, {"colors": 1.0}, seed=99), 32))
+        rows = list(islice(SceneCorpus(policy, {"colors": 1.0}, seed=99, length=32), 32))
         batch = Collator(policy.config.pad_id, policy.config.image_start_id)(rows)
         joint = JointLoss(policy, cross_entropy=1, flow_matching=0)
         with torch.no_grad():
@@ -364,13 +373,12 @@ def test_pretraining_lowers_the_loss_it_minimises(policy_folder, tmp_path):
         "train.unquantized_steps=1200",
     ],
 )
-def test_a_value_that_building_does_not_act_on_is_refused_before_anything_is_written(
-    override, tmp_path
-):
-    loaded = load_recipe("base/1-image-tokenizer", [override])
-    with pytest.raises(RecipeError, match=override.split("=")[0]):
-        build(loaded, tmp_path / "run")
-    assert not (tmp_path / "run").exists()
+def test_a_value_that_building_does_not_act_on_is_a_problem_of_the_recipe(override):
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("base/1-image-tokenizer", [override])
+    [problem] = caught.value.problems
+    assert problem.key == override.split("=")[0]
+    assert problem.fix
 
 
 def test_the_command_line_builds_stages(tmp_path, capsys):

@@ -1,0 +1,115 @@
+"""Pack a folder of pictures and captions into webdataset shards."""
+
+import io
+import tarfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.atomic import atomic_dir
+from common.errors import DataError
+from data.pictures import UnreadablePicture, read_picture
+from data.shards import PICTURES
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What was written, and what was left out with the reason: `file: reason`."""
+
+    shards: tuple[Path, ...]
+    samples: int
+    left_out: tuple[str, ...]
+
+
+def pack(
+    folder: Path,
+    out: Path,
+    per_shard: int = 10_000,
+    done: Callable[[], None] = lambda: None,
+) -> Packed:
+    """Write every captioned picture below `folder` into `out/NAME-000000.tar` and so on.
+
+    A picture `a/b.jpg` has its caption in `a/b.txt` and, for edits, the picture before the edit in
+    `a/b.reference.jpg`. Files are stored byte for byte; the same folder gives the same shards. A
+    picture that cannot be read or has no caption is left out and reported. `out` must be new.
+    Raises DataError if nothing can be packed or two files would have one key.
+    """
+    pictures = find_pictures(folder)
+    if not pictures:
+        raise DataError(
+            f"{folder}: there are no pictures.\n    Fix: put .jpg, .png or .webp files into it."
+        )
+    left_out: list[str] = []
+    shards: list[Path] = []
+    count = 0
+    keys: dict[str, Path] = {}
+    with atomic_dir(out) as staged, ExitStack() as current:
+        for path in pictures:
+            done()
+            key = path.relative_to(folder).with_suffix("").as_posix().replace(".", "_")
+            if key in keys:
+                raise DataError(
+                    f"{path} and {keys[key]} would have the same key {key}.\n"
+                    "    Fix: rename one of them."
+                )
+            keys[key] = path
+            try:
+                members = list(_members(path))
+            except UnreadablePicture as error:
+                left_out.append(f"{path}: {error}")
+                continue
+            if count % per_shard == 0:
+                current.close()
+                name = f"{folder.resolve().name}-{len(shards):06d}.tar"
+                shards.append(out / name)
+                tar = current.enter_context(tarfile.open(staged / name, "w"))
+            for extension, data in members:
+                # Without times and owners, so that packing again gives the same bytes.
+                member = tarfile.TarInfo(f"{key}.{extension}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+            count += 1
+        if not count:
+            raise DataError(
+                f"{folder}: no picture can be packed, such as {left_out[0]}.\n"
+                "    Fix: write each picture's caption into a .txt file beside it."
+            )
+    return Packed(tuple(shards), count, tuple(left_out))
+
+
+def find_pictures(folder: Path) -> list[Path]:
+    """Return the pictures below `folder` in order, references left out."""
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder.\n    Fix: give the folder of the pictures.")
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower().lstrip(".") in PICTURES
+        and not path.stem.lower().endswith(".reference")
+    )
+
+
+def _members(path: Path) -> Iterator[tuple[str, bytes]]:
+    """Yield (extension, bytes) of a sample; raise UnreadablePicture if it is not whole."""
+    data = path.read_bytes()
+    read_picture(data)
+    caption = path.with_suffix(".txt")
+    if not caption.is_file():
+        raise UnreadablePicture(f"there is no {caption.name} beside it")
+    text = caption.read_bytes()
+    try:
+        empty = not text.decode("utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise UnreadablePicture(f"{caption.name} is not UTF-8") from error
+    if empty:
+        raise UnreadablePicture(f"{caption.name} is empty")
+    yield path.suffix.lower().lstrip("."), data
+    yield "txt", text
+    for extension in PICTURES:
+        reference = path.with_name(f"{path.stem}.reference.{extension}")
+        if reference.is_file():
+            data = reference.read_bytes()
+            read_picture(data)
+            yield f"reference.{extension}", data
+            return

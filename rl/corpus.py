@@ -1,0 +1,228 @@
+"""What pretraining reads: endless sequences of rows, and how rows become batches.
+
+The row at a position depends on the run's seed and the position alone. Processes and loader workers
+divide the positions, so neither their number nor an interruption changes what is trained on.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from common.seeds import counter_seed
+from data.pictures import Sample
+from data.scenes import (
+    Scene,
+    caption,
+    metadata,
+    metadata_held_out,
+    misdescribe,
+    paint,
+    sample_scene,
+)
+from policy.policy import Policy
+from policy.prompts import PromptEncoder
+from policy.sampling import left_pad
+
+Row = dict[str, Any]
+_CHUNK = 2048
+
+
+class Samples(Protocol):
+    """A source of captioned pictures."""
+
+    def __getitem__(self, position: int) -> Sample: ...
+
+
+class SceneCorpus(Dataset[Row]):
+    """Scenes of the training split as prompt ids, image codes and (if asked) latents.
+
+    They are made a chunk at a time; chunk k depends on the seed and k alone. `caption_noise` is the
+    share of captions with one wrong fact. With `seeded`, a row has a seed for its own draws.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        tasks: Mapping[str, float],
+        *,
+        seed: int,
+        length: int,
+        caption_noise: float = 0.0,
+        with_latents: bool = False,
+        seeded: bool = True,
+    ) -> None:
+        self.policy = policy
+        self.tasks = dict(tasks)
+        self.seed = seed
+        self.length = length
+        self.caption_noise = caption_noise
+        self.with_latents = with_latents
+        self.seeded = seeded
+        self._chunk: tuple[int, list[Row]] = (-1, [])
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, position: int) -> Row:
+        chunk, place = divmod(position, _CHUNK)
+        if chunk != self._chunk[0]:
+            self._chunk = (chunk, self._make_chunk(chunk))
+        row = self._chunk[1][place]
+        return row | {"seed": _draw_seed(self.seed, position)} if self.seeded else row
+
+    @torch.no_grad()
+    def _make_chunk(self, index: int) -> list[Row]:
+        rng = np.random.default_rng(counter_seed(self.seed, "pretrain-scenes", index))
+        scenes = [sample_scene(rng, self.tasks, "train") for _ in range(_CHUNK)]
+        pixels = _pixels(torch.from_numpy(np.stack([paint(scene) for scene in scenes])))
+        wrong = rng.random(_CHUNK) < self.caption_noise
+        captions = [
+            _wrong_caption(scene, rng) if is_wrong else caption(scene)
+            for scene, is_wrong in zip(scenes, wrong, strict=True)
+        ]
+        rows: list[Row] = [{"prompt_ids": ids} for ids in self.policy.prompt_ids(captions)]
+        for start in range(0, _CHUNK, 256):
+            batch = pixels[start : start + 256]
+            codes = self.policy.encode_images(batch).cpu()
+            latents = self.policy.encode_latents(batch).cpu() if self.with_latents else None
+            for i in range(len(batch)):
+                rows[start + i]["codes"] = codes[i]
+                if latents is not None:
+                    rows[start + i]["latents"] = latents[i]
+        return rows
+
+
+def _wrong_caption(scene: Scene, rng: np.random.Generator) -> str:
+    """Misdescribe the scene without stating a held-out combination, which must stay unseen."""
+    while True:
+        facts = metadata(misdescribe(scene, rng))
+        if not metadata_held_out(facts):
+            return str(facts["prompt"])
+
+
+class PictureCorpus(Dataset[Row]):
+    """Samples as rows of pixels and text; the trainer encodes them, on its own device."""
+
+    def __init__(self, samples: Samples, *, seed: int, length: int) -> None:
+        self.samples = samples
+        self.seed = seed
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, position: int) -> Row:
+        sample = self.samples[position]
+        row: Row = {
+            "caption": sample.caption,
+            "pixels": torch.from_numpy(sample.image.copy()),
+            "seed": _draw_seed(self.seed, position),
+            "skipped": sample.skipped,
+        }
+        if sample.reference is not None:
+            row["reference"] = torch.from_numpy(sample.reference.copy())
+        return row
+
+
+def _draw_seed(seed: int, position: int) -> int:
+    return counter_seed(seed, "flow-matching", position)
+
+
+def _pixels(pictures: Tensor) -> Tensor:
+    """float32 [B, 3, H, W] in [-1, 1] of uint8 [B, H, W, 3]."""
+    return pictures.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+class Collator:
+    """Stack rows into batches, left-padded, so that image tokens end every sequence."""
+
+    def __init__(self, pad_id: int, image_start_id: int) -> None:
+        self.pad_id = pad_id
+        self.image_start_id = image_start_id
+
+    def __call__(self, rows: list[Row]) -> dict[str, Any]:
+        batch: dict[str, Any] = {}
+        if "codes" in rows[0]:
+            codes = torch.stack([row["codes"] for row in rows])
+            batch |= self.sequences([row["prompt_ids"] for row in rows], codes)
+        for key, name in (
+            ("latents", "latents"),
+            ("pixels", "pixels"),
+            ("reference", "references"),
+        ):
+            if key in rows[0]:
+                batch[name] = torch.stack([row[key] for row in rows])
+        if "caption" in rows[0]:
+            batch["captions"] = [row["caption"] for row in rows]
+            batch["skipped"] = [text for row in rows for text in row["skipped"]]
+        if "seed" in rows[0]:
+            batch["seeds"] = [row["seed"] for row in rows]
+        return batch
+
+    def sequences(self, prompt_ids: Sequence[list[int]], codes: Tensor) -> dict[str, Tensor]:
+        """Return input_ids and attention_mask [B, T] of prompts followed by codes [B, N]."""
+        prompts, mask = left_pad(prompt_ids, self.pad_id, codes.device)
+        return {
+            "input_ids": torch.cat([prompts, codes + self.image_start_id], 1),
+            "attention_mask": torch.cat([mask, torch.ones_like(codes)], 1),
+        }
+
+
+class BatchEncoder:
+    """Turns a batch of pixels and captions into what `JointLoss` takes, with the frozen codecs.
+
+    A sequence has at most `context` tokens: a caption that does not fit is cut at its end, and
+    counted in `cut`.
+    """
+
+    def __init__(self, policy: Policy, collator: Collator, context: int, with_latents: bool):
+        self.policy = policy
+        self.collator = collator
+        self.context = context
+        self.with_latents = with_latents
+        self.cut = 0
+        self._prompts = PromptEncoder(policy.tokenizer)
+
+    @torch.no_grad()
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Return input_ids, attention_mask, seeds and, for flow matching, latents."""
+        policy = self.policy
+        pixels = _pixels(batch["pixels"])
+        encoded: dict[str, Any] = {"seeds": batch["seeds"]}
+        reference_codes = None
+        if "references" in batch:
+            references = _pixels(batch["references"])
+            reference_codes = policy.encode_images(references)[:, None]
+            if self.with_latents and policy.config.routes:
+                encoded["reference_latents"] = policy.encode_latents(references)
+        prompts = self.prompts(batch["captions"], reference_codes)
+        encoded |= self.collator.sequences(prompts, policy.encode_images(pixels))
+        if self.with_latents:
+            encoded["latents"] = policy.encode_latents(pixels)
+        return encoded
+
+    def prompts(
+        self, captions: Sequence[str], reference_codes: Tensor | None = None
+    ) -> list[list[int]]:
+        """Return prompt ids that leave room for the image tokens."""
+        config = self.policy.config
+        room = self.context - config.num_tokens
+        rows = self._prompts.ids(config, captions, reference_codes)
+        for i, text in enumerate(captions):
+            if len(rows[i]) <= room:
+                continue
+            self.cut += 1
+            codes = None if reference_codes is None else reference_codes[i : i + 1]
+            fits, too_long = 0, len(text)
+            while too_long - fits > 1:
+                middle = (fits + too_long) // 2
+                [ids] = self._prompts.ids(config, [text[:middle]], codes)
+                if len(ids) <= room:
+                    fits, rows[i] = middle, ids
+                else:
+                    too_long = middle
+        return rows
