@@ -154,14 +154,15 @@ def show_grpo(facts: dict[str, Any]) -> None:
     console.say("policy", style="bold")
     kinds = {"lora": "adapters", "full": "all of ar"}
     other = "full" if trained["now"] == "lora" else "lora"
-    share = trained[trained["now"]] / max(1, parameters["ar"])
+    count = trained[trained["now"]]
+    share = f", {count / parameters['ar']:.1%} of ar" if trained["now"] == "lora" else ""
     console.pairs(
         [
             *((name, f"{count:,} parameters") for name, count in parameters.items()),
             ("together", f"{sum(parameters.values()):,} parameters"),
             (
                 "trained",
-                f"{trained[trained['now']]:,} ({kinds[trained['now']]}, {share:.1%} of ar); "
+                f"{count:,} ({kinds[trained['now']]}{share}); "
                 f"{kinds[other]} would be {trained[other]:,}",
             ),
         ]
