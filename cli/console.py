@@ -89,6 +89,15 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600}h {whole % 3600 // 60:02d}m"
 
 
+def size(count: float) -> str:
+    """Return a number of bytes in decimal units, such as 1.85 GB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
 def facts_text(facts: dict[str, Fact]) -> str:
     """Return facts as one line: `reward 0.412  lr 0.001`; a missing value is a dash."""
     return "  ".join(f"{name} {_number(value)}" for name, value in facts.items())

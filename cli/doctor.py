@@ -16,6 +16,8 @@ from typing import Literal
 
 import typer
 
+from cli.machine import gpus, memory_bytes
+
 Status = Literal["ok", "warn", "fail"]
 
 _LIBRARIES = (
@@ -28,6 +30,7 @@ _IMPORTS = {
     "rapidocr": "needed for the ocr reward: pip install rapidocr",
 }
 """Optional libraries that often install and then do not load, and what to do about it."""
+_RECIPE = "geneval-scenes"
 _SECONDS = 120
 """Longest time an import may take; the first one of vLLM is slow."""
 
@@ -152,14 +155,29 @@ def _cores() -> Check:
 
 
 def _memory() -> Check:
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    if limit.is_file() and (text := limit.read_text().strip()).isdigit():
-        total = min(total, int(text))
+    """Compare with what the recipe to start from needs, and name the change that makes it fit."""
+    from cli.policy_folder import find_anatomy
+    from common.errors import AtelierError
+    from recipes import load_recipe
+    from recipes.schema_grpo import GrpoRecipe
+    from rl.memory import grpo_memory
+    from rl.sizing import LIBRARIES, change_that_fits, fits
+
+    total = memory_bytes()
     detail = f"{total / 1e9:.1f} GB"
-    if total < 6e9:
-        return Check("memory", "warn", detail, "use train.micro_batch=36 and smaller groups")
-    return Check("memory", "ok", detail)
+    recipe = load_recipe(_RECIPE).recipe
+    assert isinstance(recipe, GrpoRecipe)
+    try:
+        anatomy = find_anatomy(recipe.policy.path)
+    except AtelierError as error:
+        return Check("memory", "warn", f"{detail}; {error.args[0].splitlines()[0]}", "`make base`")
+    memory = grpo_memory(recipe, anatomy)
+    detail += f", {_RECIPE} needs {(memory.peak + LIBRARIES) / 1e9:.1f} GB"
+    if fits(memory, total - LIBRARIES):
+        return Check("memory", "ok", detail)
+    found = change_that_fits(recipe, anatomy, total - LIBRARIES)
+    fix = f"atelier train {_RECIPE} {found[0]}" if found else "use a machine with more memory"
+    return Check("memory", "warn", detail, fix)
 
 
 def _disk(folder: Path) -> Check:
@@ -173,13 +191,12 @@ def _disk(folder: Path) -> Check:
 
 
 def _gpu() -> Check:
-    if shutil.which("nvidia-smi") is None:
+    found = gpus()
+    if found is None:
         return Check("gpu", "ok", "none; recipes with device: auto use the CPU")
-    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
-    result = subprocess.run(query, capture_output=True, text=True, timeout=30)
-    names = "; ".join(result.stdout.strip().splitlines())
-    if result.returncode != 0 or not names:
+    if not found:
         return Check("gpu", "warn", "nvidia-smi finds none", "check the driver")
+    names = "; ".join(f"{name}, {size / 1e9:.0f} GB" for name, size in found)
     code = "import torch; raise SystemExit(not torch.cuda.is_available())"
     if subprocess.run([sys.executable, "-c", code], capture_output=True).returncode != 0:
         return Check("gpu", "warn", f"{names}, but torch does not see it", "install torch for CUDA")

@@ -1,13 +1,13 @@
 """`atelier plan`: what a run will do, need and write, without doing it."""
 
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 if TYPE_CHECKING:
     from recipes import LoadedRecipe
-    from recipes.schema_grpo import GrpoRecipe
     from recipes.schema_pretrain import AutoencoderRecipe, ImageTokenizerRecipe, PretrainRecipe
 
 
@@ -25,109 +25,97 @@ def register(app: typer.Typer) -> None:
         out: Path | None = typer.Option(
             None, help="Folder of the run. [default: runs/NAME]", show_default=False
         ),
+        as_json: bool = typer.Option(False, "--json", help="Print one JSON object for machines."),
     ) -> None:
         """Show what a run would do, need and write; nothing is computed or written."""
         from recipes import load_recipe
+        from recipes.schema_grpo import GrpoRecipe
 
         loaded = load_recipe(recipe, overrides or [])
-        show_plan(loaded, out or Path("runs") / loaded.recipe.name)
+        run_dir = out or Path("runs") / loaded.recipe.name
+        if isinstance(loaded.recipe, GrpoRecipe):
+            from cli.grpo_plan import plan_grpo, show_grpo
+
+            facts = plan_grpo(loaded.recipe)
+            show = show_grpo
+        else:
+            facts = _plan_build(loaded.recipe)
+            show = _show_build
+        facts["files"] = _files(loaded, run_dir)
+        if as_json:
+            from cli import console
+
+            console.say(json.dumps(facts, indent=2))
+            return
+        show(facts)
+        _show_files(facts, run_dir)
 
 
-def show_plan(loaded: "LoadedRecipe", run_dir: Path) -> None:
-    """Print the plan of a run."""
-    from cli import console
-    from recipes.schema_grpo import GrpoRecipe
-
+def _files(loaded: "LoadedRecipe", run_dir: Path) -> dict[str, Any]:
     recipe = loaded.recipe
     saved = -(-recipe.train.steps // recipe.save.every)
-    kept = min(saved, recipe.save.keep_last)
-    checkpoint = _grpo(recipe) if isinstance(recipe, GrpoRecipe) else _build(recipe)
+    return {
+        "folder": str(run_dir),
+        "folder_is_free": not (run_dir.exists() and any(run_dir.iterdir())),
+        "metrics_rows": recipe.train.steps,
+        "checkpoints_written": saved,
+        "checkpoints_kept": min(saved, recipe.save.keep_last),
+    }
+
+
+def _show_files(facts: dict[str, Any], run_dir: Path) -> None:
+    from cli import console
+
+    files = facts["files"]
+    size = facts.get("checkpoint_bytes")
+    each = f", about {console.size(size)} each" if size else ""
     console.say("files", style="bold")
-    size = f", about {_size(checkpoint)} each" if checkpoint else ""
     console.pairs(
         [
             (f"{run_dir}/recipe.yaml", "this recipe with all its values"),
-            (f"{run_dir}/metrics.jsonl", f"{recipe.train.steps} rows and the evaluations"),
-            (f"{run_dir}/checkpoints/", f"{saved} written, the newest {kept} kept{size}"),
+            (f"{run_dir}/metrics.jsonl", f"{files['metrics_rows']} rows and the evaluations"),
+            (
+                f"{run_dir}/checkpoints/",
+                f"{files['checkpoints_written']} written, the newest "
+                f"{files['checkpoints_kept']} kept{each}",
+            ),
             (f"{run_dir}/policy/", "the trained policy"),
         ]
     )
-    if run_dir.exists() and any(run_dir.iterdir()):
+    if not files["folder_is_free"]:
         text = f"warning: {run_dir} is not empty; `atelier train` will ask for another --out"
         console.say(text, style="yellow")
 
 
-def _grpo(recipe: "GrpoRecipe") -> int:
-    """Print work and memory of a GRPO run; return the bytes of a checkpoint."""
-    from cli import console
-    from cli.estimate import estimate_grpo
-    from cli.policy_folder import find_policy
+def _plan_build(
+    recipe: "PretrainRecipe | ImageTokenizerRecipe | AutoencoderRecipe",
+) -> dict[str, Any]:
+    """Return the facts of a run that builds a policy."""
+    from cli.policy_folder import find_anatomy
 
-    estimate = estimate_grpo(recipe, find_policy(recipe.policy.path))
-    console.say(f"{recipe.name} ({recipe.kind})", style="bold")
-    per_step = recipe.rollout.group_size * recipe.rollout.prompts_per_step
-    images = per_step * recipe.train.steps
-    decode = recipe.decode.train
-    passes = images * decode.steps * (1 if decode.guidance == 1 else 2)
-    evaluations = recipe.train.steps // recipe.evals.every if recipe.evals.every else 0
-    limit = recipe.evals.limit
-    prompts = "all prompts" if limit is None else f"{limit} prompts"
+    return {
+        "name": recipe.name,
+        "kind": recipe.kind,
+        "steps": recipe.train.steps,
+        "batch_size": recipe.train.batch_size,
+        "source": recipe.data.source,
+        "parameters": find_anatomy(recipe.policy.path).parameters if recipe.policy.path else {},
+    }
+
+
+def _show_build(facts: dict[str, Any]) -> None:
+    from cli import console
+
+    console.say(f"{facts['name']} ({facts['kind']})", style="bold")
     console.say("work", style="bold")
+    pictures = facts["steps"] * facts["batch_size"]
     console.pairs(
         [
-            ("steps", f"{recipe.train.steps:,}"),
-            (
-                "images",
-                f"{images:,} ({recipe.rollout.prompts_per_step} prompts x "
-                f"{recipe.rollout.group_size} a step)",
-            ),
-            (
-                "image tokens",
-                f"{images * estimate.num_tokens:,} sampled by {recipe.rollout.engine}",
-            ),
-            ("decoding", f"{passes:,} passes of the diffusion head"),
-            ("rewards", ", ".join(f"{f.use} x {f.weight:g}" for f in recipe.rewards.functions)),
-            ("evaluations", f"{evaluations} of {prompts} of {recipe.evals.suite}"),
+            ("steps", f"{facts['steps']:,}"),
+            ("pictures", f"{pictures:,} ({facts['batch_size']} a step)"),
+            ("source", facts["source"]),
         ]
     )
-    console.say("policy", style="bold")
-    rows = [(name, f"{count:,} parameters") for name, count in estimate.parameters.items()]
-    share = estimate.trainable / max(1, estimate.parameters["ar"])
-    kind = "adapters" if recipe.policy.lora else "all of ar"
-    console.pairs([*rows, ("trained", f"{estimate.trainable:,} ({kind}, {share:.1%} of ar)")])
-    console.say("memory, roughly (decoding and rewards left out)", style="bold")
-    memory = [(name, _size(count)) for name, count in estimate.memory.items()]
-    console.pairs([*memory, ("together", _size(sum(estimate.memory.values())))])
-    return estimate.checkpoint
-
-
-def _build(recipe: "PretrainRecipe | ImageTokenizerRecipe | AutoencoderRecipe") -> int:
-    """Print the work of a run that builds a policy; return 0: unknown checkpoints."""
-    from cli import console
-    from cli.policy_folder import find_policy, read_parts
-
-    parts = read_parts(find_policy(recipe.policy.path)) if recipe.policy.path else {}
-    console.say(f"{recipe.name} ({recipe.kind})", style="bold")
-    console.say("work", style="bold")
-    pictures = recipe.train.steps * recipe.train.batch_size
-    console.pairs(
-        [
-            ("steps", f"{recipe.train.steps:,}"),
-            ("pictures", f"{pictures:,} ({recipe.train.batch_size} a step)"),
-            ("source", recipe.data.source),
-        ]
-    )
-    if parts:
+    if facts["parameters"]:
         console.say("policy", style="bold")
-        console.pairs([(name, f"{part.parameters:,} parameters") for name, part in parts.items()])
-    return 0
-
-
-def _size(count: int) -> str:
-    """Return a number of bytes in decimal units."""
-    value = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.3g} {unit}"
-        value /= 1000
-    return f"{value:.3g} TB"
+        console.pairs([(name, f"{n:,} parameters") for name, n in facts["parameters"].items()])

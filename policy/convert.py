@@ -13,11 +13,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qw
 
 from common.atomic import atomic_dir
 from common.errors import PolicyError
-from policy import published
+from policy import published, published_format
 from policy.config import PolicyConfig
 from policy.connector import Connector
 from policy.image_tokenizer import ImageTokenizer
-from policy.published import PublishedTokenizer, Tensors, config_file, read_json
+from policy.published_format import PublishedTokenizer, Tensors, config_file, read_json
 from policy.quiet import quiet_libraries
 
 UPSTREAM = "upstream"
@@ -55,7 +55,7 @@ def convert(checkpoint: Path, diffusion: str, image_tokenizer: Path, out: Path) 
     places = _places(tensors, parts, tokenizer_file)
     _check_tied_head(facts, tensors, checkpoint)
     with atomic_dir(out) as folder:
-        for name in published.TOKENIZER_FILES:
+        for name in published_format.TOKENIZER_FILES:
             for target in (folder / "tokenizer", folder / UPSTREAM):
                 target.mkdir(exist_ok=True)
                 if (checkpoint / name).is_file():
@@ -93,8 +93,8 @@ def to_upstream(policy: Path, out: Path) -> int:
             "missing.\n    Fix: give a policy that `atelier convert` wrote, or one trained from it."
         )
     facts = read_json(kept / "config.json")
-    if config.routes != published.routes_of(facts):
-        facts |= published.flags_of(config.routes)
+    if config.routes != published_format.routes_of(facts):
+        facts |= published_format.flags_of(config.routes)
     folders = [place for place in sorted(policy.iterdir()) if any(place.glob("*.safetensors"))]
     with atomic_dir(out) as folder:
         where: dict[str, str] = {}
@@ -102,7 +102,7 @@ def to_upstream(policy: Path, out: Path) -> int:
             file = f"model-{number:05}-of-{len(folders):05}.safetensors"
             tensors = Tensors(place)
             weights = {
-                published.published_name(place.name, name): tensor
+                published_format.published_name(place.name, name): tensor
                 for name, tensor in tensors.read([*tensors.shapes])
             }
             save_file(weights, folder / file, metadata={"format": "pt"})
@@ -123,7 +123,7 @@ def _empty_parts(
     facts: dict[str, Any], diffusion: str, tokenizer_file: PublishedTokenizer, tensors: Tensors
 ) -> dict[str, Any]:
     """Return the parts without memory behind their weights: folder -> module."""
-    kept = {key: facts[key] for key in published.LANGUAGE_MODEL_KEYS if key in facts}
+    kept = {key: facts[key] for key in published_format.LANGUAGE_MODEL_KEYS if key in facts}
     if facts.get("use_sliding_window"):
         raise PolicyError("config.json: use_sliding_window is on; only full attention is known.")
     kept["tie_word_embeddings"] = _is_tied(facts, tensors)
@@ -138,7 +138,7 @@ def _empty_parts(
         "vae": AutoencoderDC.from_config(vae_config),
     }
     stored = any(name.startswith("model.und_image_vae_connector.") for name in tensors.shapes)
-    if stored or "cross_attention" in published.routes_of(facts):
+    if stored or "cross_attention" in published_format.routes_of(facts):
         parts["reference_connector"] = Connector(int(vae_config["latent_channels"]), width)
     return parts
 
@@ -163,17 +163,17 @@ def _places(
 ) -> dict[str, tuple[str, str]]:
     """Return published name -> (folder, name inside it), all names and shapes checked."""
     expected = {
-        published.published_name(part, name): tuple(tensor.shape)
+        published_format.published_name(part, name): tuple(tensor.shape)
         for part, module in parts.items()
         for name, tensor in module.state_dict().items()
     }
     optional = {_HEAD} if parts["ar"].config.tie_word_embeddings else set()
     own = {n: tuple(t.shape) for n, t in tokenizer_file.weights.items()}
-    if not any(name.startswith(published.VISION) for name in tensors.shapes):
-        optional |= {name for name in expected if name.startswith(published.VISION)}
+    if not any(name.startswith(published_format.VISION) for name in tensors.shapes):
+        optional |= {name for name in expected if name.startswith(published_format.VISION)}
     places: dict[str, tuple[str, str]] = {}
     for name, shape in tensors.shapes.items():
-        place = published.place(name)
+        place = published_format.place(name)
         unused = place is not None and place[0] == UPSTREAM
         if place is None or not (unused or name in expected):
             raise PolicyError(
@@ -199,7 +199,7 @@ def _places(
 
 def _file_weights(tokenizer_file: PublishedTokenizer) -> dict[str, Tensor]:
     """Weights of an image tokenizer that only its own file holds."""
-    places = {name: published.place(name) for name in tokenizer_file.weights}
+    places = {name: published_format.place(name) for name in tokenizer_file.weights}
     return {
         place[1]: tokenizer_file.weights[name].contiguous()
         for name, place in places.items()
@@ -240,7 +240,7 @@ def _describe(
             "    Fix: give the image tokenizer of this checkpoint."
         )
     scale = 2 ** (len(vae.encoder_block_out_channels) - 1)
-    routes = published.routes_of(facts)
+    routes = published_format.routes_of(facts)
     edits = routes or "reference_connector" in parts
     return PolicyConfig(
         image_size=head.sample_size * scale,

@@ -1,7 +1,7 @@
 """One step's rollouts: sample image tokens, one teacher-forced pass, render."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,16 +38,26 @@ class Rollout:
 
 
 class Sampler:
-    """Turns prompts into rollouts; every draw is a function of run seed, step and place."""
+    """Turns prompts into rollouts; every draw is a function of run seed, step and place.
+
+    At most `micro_batch` pictures are scored and rendered at the same time; None: all.
+    """
 
     def __init__(
-        self, policy: Policy, engine: Engine, sampling: Sampling, decode: Decode, run_seed: int
+        self,
+        policy: Policy,
+        engine: Engine,
+        sampling: Sampling,
+        decode: Decode,
+        run_seed: int,
+        micro_batch: int | None = None,
     ) -> None:
         self.policy = policy
         self.engine = engine
         self.sampling = sampling
         self.decode = decode
         self.run_seed = run_seed
+        self.micro_batch = micro_batch
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str], group_size: int, *counters: int | str) -> Rollout:
@@ -58,25 +68,34 @@ class Sampler:
         seeds = [counter_seed(self.run_seed, "tokens", *counters, *place) for place in places]
         batch = self.engine.generate(prompt_ids, group_size, self.sampling, seeds)
         clock.lap("rollout")
-        hidden, logprobs = self._teacher_forced(batch.prompt_ids, batch.completion_ids)
+        scored = [
+            self._teacher_forced(batch.prompt_ids[rows], batch.completion_ids[rows])
+            for rows in self._pieces(len(places))
+        ]
         clock.lap("score")
         members = [(g, 0) if self.decode.shared_noise else (g, m) for g, m in places]
         noise = self.policy.noise(
             [counter_seed(self.run_seed, "noise", *counters, *member) for member in members]
         )
-        pixels = self.policy.render(
-            hidden, noise=noise, steps=self.decode.steps, guidance=self.decode.guidance
-        )
-        images = to_images(pixels)
+        images: list[Image.Image] = []
+        for (hidden, _), rows in zip(scored, self._pieces(len(places)), strict=True):
+            pixels = self.policy.render(
+                hidden, noise=noise[rows], steps=self.decode.steps, guidance=self.decode.guidance
+            )
+            images += to_images(pixels)
         clock.lap("render")
         return Rollout(
             batch.prompt_ids,
             batch.completion_ids,
             batch.behaviour_logprobs,
-            logprobs,
+            torch.cat([logprobs for _, logprobs in scored]),
             images,
             clock.seconds,
         )
+
+    def _pieces(self, count: int) -> Iterator[slice]:
+        size = self.micro_batch or count
+        return (slice(start, start + size) for start in range(0, count, size))
 
     def _teacher_forced(
         self, prompt_ids: Sequence[list[int]], completion_ids: Tensor

@@ -91,6 +91,7 @@ def _run(recipe: GrpoRecipe, run_dir: Path, progress: Progress, checkpoint: Path
             Sampling(rollout.temperature, rollout.top_k, rollout.top_p),
             Decode(decode.steps, decode.guidance, decode.noise == "shared_in_group"),
             recipe.seed,
+            recipe.train.micro_batch,
         )
         held_out = _held_out(recipe, sampler, sync) if recipe.evals.every else None
         # Only now: a run that cannot start leaves no folder behind.
@@ -254,6 +255,7 @@ def _held_out(recipe: GrpoRecipe, sampler: Sampler, sync: Sync) -> Any:
         Sampling(),
         Decode(recipe.decode.eval.steps, recipe.decode.eval.guidance, shared_noise=False),
         run_seed=0,
+        micro_batch=sampler.micro_batch,
     )
 
     def held_out(step: int) -> Mapping[str, Any]:

@@ -192,54 +192,6 @@ def test_schema_is_json_and_can_be_written(tmp_path, capsys):
     assert json.loads((tmp_path / "recipe.schema.json").read_text()) == printed
 
 
-# --- plan --------------------------------------------------------------------------------------
-
-
-def test_plan_counts_work_and_reads_sizes_without_torch(small_policy):
-    arguments = [
-        "plan", "geneval-scenes", f"policy.path={small_policy}", "train.steps=10", "save.every=4",
-        "policy.lora.rank=2", "policy.lora.targets=[q_proj, v_proj]",
-        "decode.train.steps=6", "decode.train.guidance=1.5",
-    ]  # fmt: skip
-    code = "import sys; from cli.main import main; code = main(); "
-    code += "assert 'torch' not in sys.modules; sys.exit(code)"
-    result = subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={"PYTHONPATH": str(ROOT), "PATH": ""},
-        cwd=small_policy.parent,
-    )
-    text = " ".join(result.stdout.split())
-    images = 10 * 12 * 12
-    assert f"images {images:,} (12 prompts x 12 a step)" in text
-    assert f"image tokens {images * 4:,} " in text
-    assert f"{images * 6 * 2:,} passes" in text  # six steps, with and without condition
-    assert f"ar {50 * 8 + 16 * 8 + 4 * 8 + 8} parameters" in text
-    assert f"trained {2 * (16 + 8) + 2 * (4 + 8)} (adapters" in text
-    assert "3 written, the newest 2 kept" in text  # steps 4, 8 and the last
-    assert not (small_policy.parent / "runs").exists()
-
-
-def test_plan_names_what_is_wrong_with_the_policy(small_policy, capsys):
-    def error_of(*more):
-        code = main(["plan", "geneval-scenes", f"policy.path={small_policy}", *more])
-        return code, capsys.readouterr().err
-
-    code, message = error_of("policy.lora.targets=[q_porj]")
-    assert code == 2
-    assert "did you mean `q_proj`" in message
-    (small_policy / "vae" / "model.safetensors").write_bytes(b"\xff" * 20)
-    code, message = error_of()
-    assert code == 1
-    assert "vae/model.safetensors is damaged" in message
-    (small_policy / "policy.json").unlink()
-    code, message = error_of()
-    assert code == 2
-    assert "no policy.json" in message
-
-
 # --- runs --------------------------------------------------------------------------------------
 
 

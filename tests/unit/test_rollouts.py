@@ -146,3 +146,15 @@ def test_pictures_are_the_rendered_hidden_states_of_their_own_tokens(policy, mon
         picture = policy.render(hidden, noise=seen[0][number : number + 1], steps=2, guidance=1.0)
         expected = (picture[0] * 255).permute(1, 2, 0).numpy()
         assert np.abs(pixels(rollout)[number] - expected).max() < 1.1
+
+
+def test_pictures_do_not_depend_on_the_micro_batch(policy, monkeypatch):
+    whole = sampler_of(policy)(PROMPTS, GROUP, 3)
+    seen = noises(policy, monkeypatch)
+    sampler = sampler_of(policy)
+    sampler.micro_batch = 4
+    pieces = sampler(PROMPTS, GROUP, 3)
+    assert [len(noise) for noise in seen] == [4, 4, 1]
+    assert torch.equal(pieces.completion_ids, whole.completion_ids)
+    torch.testing.assert_close(pieces.logprobs, whole.logprobs, atol=1e-5, rtol=0)
+    assert np.abs(pixels(pieces) - pixels(whole)).max() <= 1

@@ -1,0 +1,139 @@
+"""Sizes of a policy without its weights: shapes, configurations and numbers of tokens.
+
+They come from a folder's safetensors headers (here) or from the published configurations
+(`policy.published`). Nothing in this file imports torch.
+"""
+
+import json
+import math
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.errors import PolicyError
+from policy.config import PolicyConfig
+
+_LARGEST_HEADER = 100_000_000
+_TYPICAL_CAPTION = 16
+_CHARACTERS_PER_TOKEN = 4
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One part of a policy, such as `ar`."""
+
+    shapes: Shapes
+    """Tensor name -> shape; a head tied to the embedding is not listed."""
+    config: dict[str, Any]
+    """What the part's config.json says; {} if it has none."""
+
+    @property
+    def parameters(self) -> int:
+        """Number of values."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
+    def linear(self, name: str) -> list[tuple[int, ...]]:
+        """Return the [out, in] shapes of all linear layers called `name`, such as `q_proj`."""
+        return [
+            shape
+            for key, shape in self.shapes.items()
+            if len(shape) == 2 and key.endswith(f".{name}.weight")
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class Anatomy:
+    """What the sizes of a run follow from."""
+
+    parts: dict[str, Part]
+    num_tokens: int
+    """Image tokens per picture, N."""
+    num_image_tokens: int
+    """Rows of the vocabulary that are image tokens."""
+    latent_size: int
+    """Side of the diffusion latents, in cells."""
+    prompt_tokens: int
+    """Tokens of a typical prompt in its chat template: an assumption, not a count."""
+    source: str
+    """Where the sizes come from, in words."""
+
+    @property
+    def parameters(self) -> dict[str, int]:
+        """Part -> number of parameters."""
+        return {name: part.parameters for name, part in self.parts.items()}
+
+
+def read_anatomy(folder: Path) -> Anatomy:
+    """Return the anatomy of a policy folder; PolicyError names what is missing or damaged."""
+    config = PolicyConfig.load(folder)
+    parts = read_parts(folder)
+    for name in ("ar", "diffusion", "vae"):
+        if name not in parts or not parts[name].config:
+            what = "config.json" if name in parts else "weights"
+            message = f"{folder}/{name} has no {what}.\n    Fix: copy the policy folder again."
+            raise PolicyError(message)
+    return make_anatomy(config, parts, str(folder))
+
+
+def make_anatomy(config: PolicyConfig, parts: dict[str, Part], source: str) -> Anatomy:
+    """Return the anatomy of a policy with this description and these parts."""
+    template = len(config.prompt_template.replace("{prompt}", "")) // _CHARACTERS_PER_TOKEN
+    return Anatomy(
+        parts,
+        config.num_tokens,
+        config.num_image_tokens,
+        config.latent_size,
+        template + _TYPICAL_CAPTION,
+        source,
+    )
+
+
+def read_parts(folder: Path) -> dict[str, Part]:
+    """Return the parts of a policy that have weights, read from their safetensors headers.
+
+    `upstream` is none of them: it keeps what only the published code looks at.
+    """
+    parts = {}
+    for place in sorted(path for path in folder.iterdir() if path.is_dir()):
+        if place.name == "upstream":
+            continue
+        files = sorted(place.glob("*.safetensors"))
+        if files:
+            shapes = {
+                name: tuple(entry["shape"])
+                for file in files
+                for name, entry in _header(file).items()
+            }
+            parts[place.name] = Part(shapes, _config(place / "config.json"))
+    return parts
+
+
+def _config(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        message = f"{file} is not JSON ({error}).\n    Fix: copy the policy folder again."
+        raise PolicyError(message) from None
+    if not isinstance(value, dict):
+        raise PolicyError(f"{file} is not a JSON object.\n    Fix: copy the policy folder again.")
+    return value
+
+
+def _header(file: Path) -> dict[str, Any]:
+    with open(file, "rb") as stream:
+        start = stream.read(8)
+        size = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        text = stream.read(size) if 0 < size <= _LARGEST_HEADER else b""
+    try:
+        header = json.loads(text)
+        header.pop("__metadata__", None)
+        if all(len(entry["shape"]) >= 0 and entry["dtype"] for entry in header.values()):
+            return dict(header)
+    except (ValueError, AttributeError, TypeError, KeyError):
+        pass  # whatever was broken, the message is the same
+    raise PolicyError(f"{file} is damaged: its header cannot be read.\n    Fix: copy it again.")

@@ -1,0 +1,177 @@
+"""Floating-point operations of one picture, from shapes alone; nothing here imports torch.
+
+A multiplication and an addition are two operations. Counted are matrix products, convolutions and
+the products inside attention (in full, not the causal half), which is what
+`torch.utils.flop_counter` counts and what the tests compare with; norms and activations are left
+out. A weight costs two operations for each value and each position it is applied to.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from policy.anatomy import Anatomy, Part
+from recipes.schema_grpo import GrpoRecipe, LoraSection
+
+
+@dataclass(frozen=True, slots=True)
+class Flops:
+    """Operations per picture of a GRPO step."""
+
+    sampling: int
+    """Drawing the N image tokens one after the other; the group shares its prompt."""
+    scoring: int
+    """The teacher-forced pass that gives log-probs and conditions."""
+    diffusion: int
+    """All passes of the connector and the diffusion head."""
+    autoencoder: int
+    """From latents to pixels."""
+    update: int
+    """Forward and backward pass, and the KL term's reference pass if there is one."""
+
+    @property
+    def total(self) -> int:
+        """All of a training step."""
+        return self.sampling + self.scoring + self.diffusion + self.autoencoder + self.update
+
+
+def grpo_flops(recipe: GrpoRecipe, anatomy: Anatomy) -> Flops:
+    """Return the operations that one picture of a training step takes."""
+    ar, decode = anatomy.parts["ar"], recipe.decode.train
+    tokens, prompt = anatomy.num_tokens, anatomy.prompt_tokens
+    codes = anatomy.num_image_tokens
+    vocabulary = codes if recipe.rollout.engine == "transformers" else int(ar.config["vocab_size"])
+    calls = decode.steps * (1 if decode.guidance == 1 else 2)
+    scoring = forward_flops(ar, prompt + tokens, tokens, codes)
+    reference = scoring if recipe.algorithm.beta else 0
+    return Flops(
+        sampling=sampling_flops(ar, prompt, tokens, vocabulary, recipe.rollout.group_size),
+        scoring=scoring,
+        diffusion=connector_flops(anatomy) + calls * head_flops(anatomy),
+        autoencoder=decoder_flops(anatomy.parts["vae"], anatomy.latent_size),
+        update=reference + update_flops(ar, prompt + tokens, tokens, codes, recipe.policy.lora),
+    )
+
+
+# --- language model ------------------------------------------------------------------------------
+
+
+def sampling_flops(ar: Part, prompt: int, tokens: int, vocabulary: int, group: int) -> int:
+    """Sample `tokens` after a prompt that `group` samples share."""
+    # The last token is never fed back; the token before it is the last query.
+    attended = sum(prompt + fed + 1 for fed in range(tokens - 1))
+    shared = _layers_flops(ar, prompt, prompt * prompt) // group
+    return shared + _layers_flops(ar, tokens - 1, attended) + _head_flops(ar, tokens, vocabulary)
+
+
+def forward_flops(ar: Part, length: int, tokens: int, codes: int) -> int:
+    """One pass over `length` positions, logits of `codes` rows at `tokens` of them."""
+    return _layers_flops(ar, length, length * length) + _head_flops(ar, tokens, codes)
+
+
+def update_flops(ar: Part, length: int, tokens: int, codes: int, lora: LoraSection | None) -> int:
+    """Forward and backward pass.
+
+    Every product has two in the backward pass, one for each factor; that of a frozen weight has
+    one. The first layer's frozen projections, which need none, are counted with the others.
+    """
+    products = _layers_flops(ar, 0, length * length)
+    weights = forward_flops(ar, length, tokens, codes) - products
+    if lora is None:
+        return 3 * (weights + products)
+    return 2 * weights + 3 * products + 3 * 2 * length * adapter_parameters(ar, lora)
+
+
+def adapter_parameters(ar: Part, lora: LoraSection) -> int:
+    """Return the number of trained values: rank x (in + out) for every adapted layer."""
+    return sum(lora.rank * sum(shape) for target in lora.targets for shape in ar.linear(target))
+
+
+def _layers_flops(ar: Part, positions: int, attended: int) -> int:
+    """All decoder layers: their weights at `positions`, `attended` pairs of query and key."""
+    config = ar.config
+    weights = sum(
+        math.prod(shape)
+        for name, shape in ar.shapes.items()
+        if ".layers." in name and len(shape) == 2
+    )
+    width = int(config["num_attention_heads"]) * int(config["head_dim"])
+    return 2 * weights * positions + 4 * int(config["num_hidden_layers"]) * width * attended
+
+
+def _head_flops(ar: Part, positions: int, rows: int) -> int:
+    return 2 * int(ar.config["hidden_size"]) * rows * positions
+
+
+# --- diffusion head ------------------------------------------------------------------------------
+
+
+def connector_flops(anatomy: Anatomy) -> int:
+    """The connector over the 1 + N conditioning rows, once a picture."""
+    rows = 1 + anatomy.num_tokens
+    return _weights_flops(
+        anatomy.parts["connector"], lambda name: 0 if name == "position" else rows
+    )
+
+
+def head_flops(anatomy: Anatomy) -> int:
+    """One call of the diffusion head for one picture (SANA: linear self-, full cross-attention)."""
+    head = anatomy.parts["diffusion"]
+    rows = 1 + anatomy.num_tokens
+    cells = (anatomy.latent_size // int(head.config["patch_size"])) ** 2
+    of_condition = ("caption_projection.", ".attn2.to_k.", ".attn2.to_v.")
+
+    def positions(name: str) -> int:
+        if name.endswith("scale_shift_table"):
+            return 0
+        if name.startswith("time_embed."):
+            return 1
+        return rows if any(place in f".{name}" for place in of_condition) else cells
+
+    config = head.config
+    width = int(config["num_attention_heads"]) * int(config["attention_head_dim"])
+    cross = int(config["num_cross_attention_heads"]) * int(config["cross_attention_head_dim"])
+    # Linear attention carries one more row, the sum of the keys.
+    attention = 4 * cells * (width * (int(config["attention_head_dim"]) + 1) + rows * cross)
+    return _weights_flops(head, positions) + int(config["num_layers"]) * attention
+
+
+def decoder_flops(vae: Part, latent_size: int) -> int:
+    """Decode one picture (DC-AE): every stage doubles the side."""
+    config = vae.config
+    channels, layers = config["decoder_block_out_channels"], config["decoder_layers_per_block"]
+    stages = len(channels)
+    cells = [(latent_size << (stages - 1 - stage)) ** 2 for stage in range(stages)]
+    interpolate = config["upsample_block_type"] == "interpolate"
+
+    def positions(name: str) -> int:
+        if name.startswith("decoder.conv_in."):
+            return cells[-1]
+        if name.startswith("decoder.conv_out."):
+            shuffled = name == "decoder.conv_out.conv.weight" and not interpolate
+            return cells[0] // 4 if shuffled else cells[0]
+        if not name.startswith("decoder.up_blocks."):
+            return 0
+        here = cells[int(name.split(".")[2])]
+        # The convolution that opens a stage: before the pixels are laid out, or after.
+        return here // 4 if name.endswith(".0.conv.weight") and not interpolate else here
+
+    kinds = config["decoder_block_types"]
+    kinds = [kinds] * stages if isinstance(kinds, str) else kinds
+    head = int(config["attention_head_dim"])
+    attention = 0
+    for stage, kind in enumerate(kinds):
+        if kind == "EfficientViTBlock":
+            scales = 1 + len(config["decoder_qkv_multiscales"][stage])
+            here = cells[stage]
+            inner = head + 1 if here > head else here
+            attention += layers[stage] * 4 * here * inner * channels[stage] * scales
+    return _weights_flops(vae, positions) + attention
+
+
+def _weights_flops(part: Part, positions: Callable[[str], int]) -> int:
+    return sum(
+        2 * math.prod(shape) * positions(name)
+        for name, shape in part.shapes.items()
+        if len(shape) >= 2
+    )

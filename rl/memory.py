@@ -1,0 +1,261 @@
+"""Bytes that a GRPO step needs on one GPU, from shapes alone; nothing here imports torch.
+
+Exact are weights, gradients, optimizer states and the cache: numbers of values times their width.
+Activations, logits and decoding are estimates: what PyTorch keeps for these models' operations,
+counted operation by operation. `docs/planning.md` has the formulas and what they were
+compared with. Left out: CUDA's own context, fragmentation, the rewards' models.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from policy.anatomy import Anatomy, Part
+from recipes.schema_grpo import GrpoRecipe
+from rl.flops import adapter_parameters
+
+SAMPLER_ROWS = 256
+"""Sequences that the transformers engine samples at the same time (`ImageTokenSampler`)."""
+VLLM_CACHE = 2**30
+"""Bytes that `VllmEngine` gives to keys and values unless told otherwise."""
+_BUCKET = 500_000_000
+_LIVE = 1_000_000_000
+"""DeepSpeed's defaults, in values: communication buckets, and parameters gathered by ZeRO-3."""
+_SINGLE = 4
+"""Bytes of a float32."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sharding:
+    """How a run is spread: GPUs, and the ZeRO stage (0: one GPU, plain PyTorch)."""
+
+    gpus: int = 1
+    stage: int = 0
+
+    @property
+    def name(self) -> str:
+        """Such as `8 GPUs, ZeRO-2`."""
+        return f"{self.gpus} GPUs, ZeRO-{self.stage}" if self.stage else "1 GPU"
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes on one GPU."""
+
+    resident: dict[str, int]
+    """What is there all the time: what it is -> bytes."""
+    phases: dict[str, int]
+    """What each phase of a step needs besides: phase -> bytes; only one runs at a time."""
+
+    @property
+    def peak(self) -> int:
+        """The most at any time."""
+        return sum(self.resident.values()) + max(self.phases.values())
+
+    @property
+    def largest_phase(self) -> str:
+        """The phase that decides the peak."""
+        return max(self.phases, key=lambda phase: self.phases[phase])
+
+
+def width_of(recipe: GrpoRecipe) -> int:
+    """Return the bytes of one weight."""
+    return 2 if recipe.policy.dtype == "bfloat16" else _SINGLE
+
+
+def trained_parameters(recipe: GrpoRecipe, anatomy: Anatomy) -> int:
+    """Return how many values learn: adapters, or all of the language model."""
+    ar, lora = anatomy.parts["ar"], recipe.policy.lora
+    return ar.parameters if lora is None else adapter_parameters(ar, lora)
+
+
+def pictures_per_gpu(recipe: GrpoRecipe, gpus: int) -> int:
+    """Return a GPU's pictures of a step: whole groups, at least one."""
+    return recipe.rollout.group_size * -(-recipe.rollout.prompts_per_step // gpus)
+
+
+def grpo_memory(recipe: GrpoRecipe, anatomy: Anatomy, sharding: Sharding | None = None) -> Memory:
+    """Return what one GPU holds in a run spread as `sharding` says (default: one GPU)."""
+    sharding = sharding or Sharding()
+    ar, width, lora = anatomy.parts["ar"], width_of(recipe), recipe.policy.lora
+    images = pictures_per_gpu(recipe, sharding.gpus)
+    micro = min(recipe.train.micro_batch or images, images)
+    length = anatomy.prompt_tokens + anatomy.num_tokens
+    # PEFT keeps adapters in float32 beside a bfloat16 model; DeepSpeed casts them like the rest.
+    own = width if lora is None or sharding.stage else _SINGLE
+    logits = 4 * _SINGLE * micro * anatomy.num_tokens * anatomy.num_image_tokens
+    decode = recipe.decode.train
+    rows = micro * (1 if decode.guidance == 1 else 2)
+    hidden = int(ar.config["hidden_size"])
+    conditions = images * (1 + anatomy.num_tokens) * hidden * width
+    kept = micro * activations(ar, length, width, recipe, own)
+    return Memory(
+        _resident(recipe, anatomy, sharding, own),
+        {
+            "sampling": _sampling(recipe, anatomy, images),
+            "scoring": logits,
+            "decoding": conditions
+            + max(head_buffers(anatomy, rows, width), decoder_buffers(anatomy, micro, width)),
+            "update": kept + logits + _communication(recipe, anatomy, sharding),
+        },
+    )
+
+
+def _resident(recipe: GrpoRecipe, anatomy: Anatomy, sharding: Sharding, own: int) -> dict[str, int]:
+    width, count = width_of(recipe), trained_parameters(recipe, anatomy)
+    lora, counts = recipe.policy.lora, anatomy.parameters
+    of_model = counts["ar"] * width + (count * own if lora else 0)
+    # ZeRO: float32 weights and two moments beside the model's own (Rajbhandari et al. 2020).
+    states = 3 * _SINGLE * count if sharding.stage else 2 * own * count
+    gradients = own * count
+    resident = {
+        "weights of ar": _share(of_model, sharding, stage=3),
+        "weights of the rest": (sum(counts.values()) - counts["ar"]) * width,
+        "gradients": _share(gradients, sharding, stage=2),
+        "optimizer states": _share(states, sharding, stage=1),
+    }
+    if recipe.algorithm.beta and lora is None:
+        resident["KL reference"] = _share(counts["ar"] * width, sharding, stage=3)
+    if recipe.rollout.engine == "vllm":
+        resident["vLLM's weights"] = counts["ar"] * width
+        resident["vLLM's cache"] = VLLM_CACHE
+    return resident
+
+
+def _share(count: int, sharding: Sharding, stage: int) -> int:
+    return -(-count // sharding.gpus) if sharding.stage >= stage else count
+
+
+def _communication(recipe: GrpoRecipe, anatomy: Anatomy, sharding: Sharding) -> int:
+    """Return DeepSpeed's buffers: a bucket to reduce, one to gather, or gathered parameters."""
+    if not sharding.stage:
+        return 0
+    count = trained_parameters(recipe, anatomy)
+    bucket = min(_BUCKET, count)
+    gathered = bucket if sharding.stage < 3 else min(_LIVE, anatomy.parts["ar"].parameters)
+    return (bucket + gathered) * width_of(recipe)
+
+
+# --- sampling ------------------------------------------------------------------------------------
+
+
+def cache_per_token(ar: Part, width: int) -> int:
+    """Return the bytes of one token's keys and values in all layers."""
+    config = ar.config
+    heads, size = int(config["num_key_value_heads"]), int(config["head_dim"])
+    return 2 * int(config["num_hidden_layers"]) * heads * size * width
+
+
+def sampler_cache(anatomy: Anatomy, rows: int, group: int, width: int) -> int:
+    """Return the bytes of `GroupCache`: each prompt once, and N - 1 tokens of each of its samples.
+
+    `rows` sequences in whole groups of `group`, or a part of one group.
+    """
+    prompts = max(1, rows // group)
+    tokens = prompts * anatomy.prompt_tokens + rows * (anatomy.num_tokens - 1)
+    return tokens * cache_per_token(anatomy.parts["ar"], width)
+
+
+def vllm_pictures(anatomy: Anatomy, width: int) -> int:
+    """Return how many pictures vLLM's cache holds at the same time."""
+    length = anatomy.prompt_tokens + anatomy.num_tokens
+    return VLLM_CACHE // (length * cache_per_token(anatomy.parts["ar"], width))
+
+
+def sampler_rows(recipe: GrpoRecipe, images: int) -> int:
+    """Return the sequences that the transformers engine samples together: whole groups."""
+    group = recipe.rollout.group_size
+    whole = SAMPLER_ROWS // group * group
+    return min(images, whole or SAMPLER_ROWS)
+
+
+def _sampling(recipe: GrpoRecipe, anatomy: Anatomy, images: int) -> int:
+    width, ar = width_of(recipe), anatomy.parts["ar"]
+    if recipe.rollout.engine == "vllm":
+        # Its logits are of the whole vocabulary; the cache is resident.
+        rows = min(images, vllm_pictures(anatomy, width))
+        return 3 * _SINGLE * rows * int(ar.config["vocab_size"])
+    rows = sampler_rows(recipe, images)
+    # A token's log-probs in float32 and, to draw from them, twice in float64.
+    drawing = rows * anatomy.num_image_tokens * (_SINGLE + 2 * 8)
+    return sampler_cache(anatomy, rows, recipe.rollout.group_size, width) + drawing
+
+
+# --- update --------------------------------------------------------------------------------------
+
+
+def activations(ar: Part, length: int, width: int, recipe: GrpoRecipe, own: int) -> int:
+    """Return the bytes that the layers keep of one sequence for the backward pass.
+
+    Without recomputation, with masked scaled-dot-product attention. `own` is the width of the
+    trained values: an adapter wider than the model keeps a copy of its layer's input.
+    """
+    config: dict[str, Any] = ar.config
+    hidden, inner = int(config["hidden_size"]), int(config["intermediate_size"])
+    heads, size = int(config["num_attention_heads"]), int(config["head_dim"])
+    queries, keys = heads * size, int(config["num_key_value_heads"]) * size
+    lora = recipe.policy.lora
+    # RMS norms work in float32; of a trained one, what its weight is multiplied with is kept.
+    norm = _SINGLE + (width if lora is None else 0)
+    norms = norm * (2 * hidden + queries + keys)
+    # Queries, keys and values repeated for every head, the result, its log-sum-exp, the mask.
+    attention = 4 * width * queries + _SINGLE * heads + width * length
+    gate = 3 * width * inner
+    inputs = {"q_proj": hidden, "o_proj": queries, "gate_proj": hidden, "down_proj": inner}
+    if lora is None:
+        # Attention's result is already counted.
+        linear = width * (sum(inputs.values()) - queries)
+    else:
+        linear = _adapter_inputs(set(lora.targets), inputs, width, own) + own * lora.rank * len(
+            lora.targets
+        )
+    per_token = norms + attention + gate + linear
+    final_norm = norm * hidden
+    return length * (int(config["num_hidden_layers"]) * per_token + final_norm)
+
+
+def _adapter_inputs(targets: set[str], inputs: dict[str, int], width: int, own: int) -> int:
+    """Return the bytes per token of the inputs that adapters keep."""
+    shared = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
+    sources = [shared.get(target, target) for target in targets]
+    if own == width:
+        # Layers that read the same tensor keep it once; attention's result is already counted.
+        return width * sum(inputs[source] for source in set(sources) - {"o_proj"})
+    return own * sum(inputs[source] for source in sources)
+
+
+# --- decoding ------------------------------------------------------------------------------------
+
+
+def head_buffers(anatomy: Anatomy, rows: int, width: int) -> int:
+    """Return the bytes of `rows` pictures inside a block of the diffusion head, at the most.
+
+    The gated convolution: its widened input before and after the activation, the block's states,
+    and the conditions before and after their projection.
+    """
+    config = anatomy.parts["diffusion"].config
+    channels = int(config["num_attention_heads"]) * int(config["attention_head_dim"])
+    cells = (anatomy.latent_size // int(config["patch_size"])) ** 2
+    widened = 4 * float(config["mlp_ratio"]) + 4
+    conditions = (1 + anatomy.num_tokens) * (channels + int(config["caption_channels"]))
+    return math.ceil(rows * width * (channels * widened * cells + conditions))
+
+
+def decoder_buffers(anatomy: Anatomy, pictures: int, width: int) -> int:
+    """Return the bytes inside the autoencoder's decoder, at the most.
+
+    A residual block at its norm, beside what came into the stage: the block's input and result
+    with a float32 copy and its square, or with the normed and the scaled result.
+    """
+    config = anatomy.parts["vae"].config
+    channels, layers = config["decoder_block_out_channels"], config["decoder_layers_per_block"]
+    stages = len(channels)
+    most = 0
+    for stage, blocks in enumerate(layers):
+        if not blocks:
+            continue
+        cells = (anatomy.latent_size << (stages - 1 - stage)) ** 2
+        here = channels[stage] * cells * (2 * width + max(2 * width, 2 * _SINGLE))
+        came_in = width * channels[stage + 1] * cells // 4 if stage + 1 < stages else 0
+        most = max(most, here + came_in)
+    return pictures * most

@@ -1,0 +1,67 @@
+"""Whether a run fits, and the one change that makes it fit."""
+
+from policy.anatomy import Anatomy
+from recipes.schema_grpo import GrpoRecipe, LoraSection
+from rl.memory import Memory, Sharding, grpo_memory
+
+GPUS = {"H100": 81_559 * 2**20, "H200": 143_771 * 2**20}
+"""Bytes of the 80 GB and the 141 GB model, as their driver reports them."""
+PEAK_FLOPS = 989e12
+"""Dense bfloat16 operations a second of both, by their data sheets."""
+USABLE = 0.9
+"""Share of the memory that a plan may fill: the rest is for what it does not count."""
+LIBRARIES = 10**9
+"""Bytes of Python and the libraries of a run, which count where the memory is the machine's."""
+SHARDINGS = (Sharding(), Sharding(8, 2), Sharding(8, 3), Sharding(32, 2), Sharding(32, 3))
+
+
+def fits(memory: Memory, capacity: int) -> bool:
+    """Whether a peak leaves a tenth of `capacity` bytes free."""
+    return memory.peak <= USABLE * capacity
+
+
+def smallest_gpu(memory: Memory) -> str | None:
+    """Return the name of the smallest GPU that holds it; None if none does."""
+    return next((name for name, capacity in GPUS.items() if fits(memory, capacity)), None)
+
+
+def with_training(recipe: GrpoRecipe, *, lora: bool) -> GrpoRecipe:
+    """Return the recipe with adapters (its own, or the default ones) or with full training."""
+    adapters = (recipe.policy.lora or LoraSection()) if lora else None
+    return _changed(recipe, "policy", "lora", adapters)
+
+
+def change_that_fits(
+    recipe: GrpoRecipe, anatomy: Anatomy, capacity: int
+) -> tuple[str, Memory] | None:
+    """Return the first change of one value with which one device is enough, and what it needs.
+
+    In this order: a smaller micro-batch (the largest that fits; it costs nothing but time), half
+    the width of the numbers, no second copy of the weights for vLLM, adapters. None: no single one
+    is enough.
+    """
+    images = recipe.rollout.group_size * recipe.rollout.prompts_per_step
+    micro = recipe.train.micro_batch or images
+    smaller = [size for size in range(micro - 1, 0, -1) if images % size == 0]
+    changes = [
+        (f"train.micro_batch={size}", _changed(recipe, "train", "micro_batch", size))
+        for size in smaller
+    ]
+    if recipe.policy.dtype == "float32":
+        changed = _changed(recipe, "policy", "dtype", "bfloat16")
+        changes.append(("policy.dtype=bfloat16", changed))
+    if recipe.rollout.engine == "vllm":
+        changed = _changed(recipe, "rollout", "engine", "transformers")
+        changes.append(("rollout.engine=transformers", changed))
+    if recipe.policy.lora is None:
+        changes.append(("policy.lora={}", with_training(recipe, lora=True)))
+    for text, changed in changes:
+        memory = grpo_memory(changed, anatomy)
+        if fits(memory, capacity):
+            return text, memory
+    return None
+
+
+def _changed(recipe: GrpoRecipe, section: str, key: str, value: object) -> GrpoRecipe:
+    part = getattr(recipe, section).model_copy(update={key: value})
+    return recipe.model_copy(update={section: part})

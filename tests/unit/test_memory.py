@@ -1,0 +1,246 @@
+"""Bytes, compared with what PyTorch really holds: saved tensors, optimizer states, the cache, and
+the peak that torch's own tracker sees."""
+
+import pytest
+import torch
+from torch.distributed._tools.mem_tracker import MemTracker
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from policy import Policy, base_path
+from policy.anatomy import Part, read_anatomy
+from policy.grouped_attention import GroupCache
+from policy.published import published_anatomy
+from policy.sampling import ImageTokenSampler, Sampling
+from recipes import load_recipe
+from recipes.schema_grpo import GrpoRecipe
+from rl import memory
+from rl.memory import Sharding, grpo_memory
+
+WIDTHS = {"float32": 4, "bfloat16": 2}
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LENGTH, PICTURES = 48, 2
+
+
+def recipe_of(name: str = "geneval-scenes", *changes: str) -> GrpoRecipe:
+    return load_recipe(name, list(changes)).recipe
+
+
+@pytest.fixture(scope="module")
+def anatomy():
+    return read_anatomy(base_path())
+
+
+@pytest.fixture(scope="module")
+def published():
+    return published_anatomy()
+
+
+def language_model(dtype: str) -> tuple[Qwen3ForCausalLM, Part]:
+    """The proportions of Qwen3-1.7B at an eighth of its width, with four of its layers."""
+    config = Qwen3Config(
+        vocab_size=64,
+        hidden_size=256,
+        intermediate_size=768,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+    )
+    model = Qwen3ForCausalLM(config).to(getattr(torch, dtype))
+    shapes = {name: tuple(value.shape) for name, value in model.named_parameters()}
+    return model, Part(shapes, config.to_dict())
+
+
+def saved_bytes(model: torch.nn.Module, run) -> int:
+    """Bytes of all storages that a forward pass keeps, those of the weights left out."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = run()
+    assert output.requires_grad
+    return sum(storage.nbytes() for place, storage in kept.items() if place not in weights)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("targets", [None, ALL, ["q_proj", "v_proj"]])
+def test_activations_are_what_the_backward_pass_keeps(dtype, targets):
+    from peft import LoraConfig, get_peft_model
+
+    model, part = language_model(dtype)
+    changes, own = ["policy.lora=null"], WIDTHS[dtype]
+    adapted: torch.nn.Module = model
+    if targets is not None:
+        changes, own = [f"policy.lora.targets=[{', '.join(targets)}]", "policy.lora.rank=8"], 4
+        adapted = get_peft_model(model, LoraConfig(r=8, target_modules=targets))
+    ids = torch.ones(PICTURES, LENGTH, dtype=torch.int64)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    measured = saved_bytes(
+        adapted, lambda: model.model(ids, attention_mask=mask, use_cache=False).last_hidden_state
+    )
+    expected = memory.activations(
+        part, LENGTH, WIDTHS[dtype], recipe_of("geneval-scenes", *changes), own
+    )
+    assert measured / PICTURES == pytest.approx(expected, rel=0.03)
+
+
+@pytest.mark.parametrize(("dtype", "lora"), [("bfloat16", True), ("bfloat16", False)])
+def test_gradients_and_optimizer_states_are_what_adamw_holds(dtype, lora):
+    from peft import LoraConfig, get_peft_model
+
+    policy = Policy.from_pretrained(base_path(), getattr(torch, dtype))
+    model = policy.ar
+    if lora:
+        model = get_peft_model(model, LoraConfig(r=16, target_modules=ALL))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer = torch.optim.AdamW(trained, fused=True)
+    optimizer.step()
+    states = [
+        value
+        for state in optimizer.state.values()
+        for name, value in state.items()
+        if name != "step"
+    ]
+    changes = [] if lora else ["policy.lora=null"]
+    resident = grpo_memory(
+        recipe_of("geneval-scenes", f"policy.dtype={dtype}", *changes), read_anatomy(base_path())
+    ).resident
+    assert resident["gradients"] == sum(p.grad.nbytes for p in trained)
+    assert resident["optimizer states"] == sum(value.nbytes for value in states)
+    assert resident["weights of ar"] == sum(p.nbytes for p in model.parameters())
+    rest = (policy.image_tokenizer, policy.connector, policy.diffusion, policy.vae)
+    assert resident["weights of the rest"] == sum(
+        p.nbytes for part in rest for p in part.parameters()
+    )
+
+
+def test_the_cache_is_what_the_sampler_fills(anatomy, monkeypatch):
+    policy = Policy.from_pretrained(base_path())
+    config = policy.config
+    caches: list[GroupCache] = []
+    original = GroupCache.__init__
+
+    def watched(self, steps):
+        caches.append(self)
+        original(self, steps)
+
+    monkeypatch.setattr(GroupCache, "__init__", watched)
+    sampler = ImageTokenSampler(
+        policy.ar, config.image_start_id, config.num_image_tokens, config.num_tokens, config.pad_id
+    )
+    prompts = [[5] * anatomy.prompt_tokens] * 3
+    sampler.sample(prompts, 4, Sampling(), list(range(12)))
+    held = sum(
+        tensor.nbytes
+        for cache in caches
+        for pair in (*cache._prompt.values(), *cache._own.values())
+        for tensor in pair
+    )
+    assert memory.sampler_cache(anatomy, 12, 4, 4) == held
+
+
+def peak_of(module: torch.nn.Module, run) -> int:
+    """Most bytes that torch's tracker sees besides the weights, without gradients."""
+    tracker = MemTracker()
+    tracker.track_external(module)
+    with tracker, torch.no_grad():
+        run()
+    snapshot = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
+    assert isinstance(snapshot, dict)
+    return snapshot["Total"] - sum(p.nbytes for p in module.parameters())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_decoding_buffers(anatomy, dtype):
+    policy = Policy.from_pretrained(base_path(), getattr(torch, dtype))
+    pictures, width = 16, WIDTHS[dtype]
+    latents = policy.noise(range(pictures))
+    conditions = policy.connector(
+        torch.zeros(
+            pictures, 1 + anatomy.num_tokens, policy.ar.config.hidden_size, dtype=latents.dtype
+        )
+    ).detach()
+    time = torch.zeros(pictures)
+    head = peak_of(policy.diffusion, lambda: policy.diffusion(latents, conditions, timestep=time))
+    decoder = peak_of(policy.vae, lambda: policy.vae.decode(latents))
+    assert memory.head_buffers(anatomy, pictures, width) == pytest.approx(head, rel=0.2)
+    assert memory.decoder_buffers(anatomy, pictures, width) == pytest.approx(decoder, rel=0.1)
+
+
+@pytest.fixture
+def bfloat16_by_default():
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    yield
+    torch.set_default_dtype(before)
+
+
+def test_published_decoding_buffers(published, bfloat16_by_default):
+    """Without a byte of real memory: fake tensors have sizes alone."""
+    from diffusers import AutoencoderDC, SanaTransformer2DModel
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from policy.published import DC_AE, SANA
+
+    with FakeTensorMode():
+        head, vae = SanaTransformer2DModel(**SANA), AutoencoderDC(**DC_AE)
+        latents, rows, time = torch.zeros(1, 32, 32, 32), torch.zeros(1, 730, 2304), torch.zeros(1)
+        in_head = peak_of(head, lambda: head(latents, rows, timestep=time))
+        in_decoder = peak_of(vae, lambda: vae.decode(latents))
+    assert memory.head_buffers(published, 1, 2) == pytest.approx(in_head, rel=0.01)
+    assert memory.decoder_buffers(published, 1, 2) == pytest.approx(in_decoder, rel=0.01)
+
+
+def test_logits_of_an_update():
+    from rl.image_head import image_logprobs
+
+    hidden = torch.randn(4, 36, 32, dtype=torch.bfloat16)
+    head = torch.nn.Parameter(torch.randn(512, 32, dtype=torch.bfloat16))
+    codes = torch.zeros(4, 36, dtype=torch.int64)
+    tracker = MemTracker()
+    with tracker:
+        image_logprobs(hidden, head, codes)[0].sum().backward()
+    peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+    assert peak == pytest.approx(4 * 4 * 36 * 512 * 4, rel=0.1)
+
+
+def test_the_constants_are_those_of_the_engines():
+    import inspect
+
+    from rollout.vllm_engine import VllmEngine
+
+    default = inspect.signature(VllmEngine.__init__).parameters["cache_gib"].default
+    assert default * 2**30 == memory.VLLM_CACHE
+    rows = inspect.signature(ImageTokenSampler.__init__).parameters["micro_batch"].default
+    assert rows == memory.SAMPLER_ROWS
+
+
+def test_sharding_divides_what_each_stage_divides(published):
+    """By the table of the ZeRO paper: 2 + 2 + 12 bytes a parameter, and what is divided when."""
+    changes = ("policy.lora=null", "algorithm.beta=0", "rollout.engine=transformers")
+    recipe = recipe_of("blip3o-next-3b/grpo-geneval", *changes)
+    count = published.parameters["ar"]
+    for stage, each in ((2, 2 + (2 + 12) / 8), (3, (2 + 2 + 12) / 8)):
+        resident = grpo_memory(recipe, published, Sharding(8, stage)).resident
+        ours = sum(resident.values()) - resident["weights of the rest"]
+        assert ours == pytest.approx(count * each, rel=1e-6)
+    alone = grpo_memory(recipe, published).resident
+    assert sum(alone.values()) - alone["weights of the rest"] == count * (2 + 2 + 4)
+
+
+def test_a_smaller_micro_batch_needs_less_and_more_gpus_never_need_more(published):
+    def peak(gpus, stage, micro):
+        recipe = recipe_of("blip3o-next-3b/grpo-geneval", f"train.micro_batch={micro}")
+        return grpo_memory(recipe, published, Sharding(gpus, stage)).peak
+
+    assert peak(1, 0, 16) > peak(1, 0, 8) > peak(1, 0, 1)
+    assert peak(8, 2, 16) >= peak(32, 2, 16)
+    assert peak(8, 3, 16) >= peak(32, 3, 16)
