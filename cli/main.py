@@ -22,8 +22,10 @@ VERBS = (
     "train",
     "resume",
     "sample",
+    "score",
     "eval",
     "report",
+    "serve_reward",
     "doctor",
 )
 """Modules of this package, in the order of the help; each has `register(app)`."""

@@ -50,8 +50,11 @@ def open_image(source: Path | bytes, name: str | None = None) -> Image.Image:
 def refusal(image: Any) -> str | None:
     """Return why this is no picture that a reward can look at, or None. Reads its pixels.
 
-    The size is looked at before anything is decompressed.
+    The size is looked at before anything is decompressed. The error of `open_image` may stand for
+    a picture, and is then the reason.
     """
+    if isinstance(image, DataError):
+        return str(image)
     if not isinstance(image, Image.Image):
         return f"it is a {type(image).__name__}, not a PIL image"
     width, height = image.size

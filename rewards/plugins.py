@@ -15,7 +15,11 @@ from common.errors import RewardError
 from common.registry import Registry, nearest
 from rewards.contract import RecordCheck, RewardFunction, Traits
 
-_BUILT_IN = {"geneval": "rewards.geneval:geneval", "ocr": "rewards.ocr:ocr"}
+_BUILT_IN = {
+    "geneval": "rewards.geneval:geneval",
+    "ocr": "rewards.ocr:ocr",
+    "remote": "rewards.remote:remote",
+}
 _REGISTRY = Registry("reward", group="atelier.rewards", error=RewardError)
 for _name, _place in _BUILT_IN.items():
     _REGISTRY.add(_name, _place)

@@ -34,6 +34,7 @@ from rewards.cache import ScoreCache, image_digest, reward_identity, score_key
 from rewards.composition import Composition
 from rewards.contract import RewardFunction, Score
 from rewards.hosting import Call, Host, ThreadHost
+from rewards.outcomes import Outcome
 from rewards.plugins import load_reward
 from rewards.spec import RewardSpec
 from rewards.workers import WorkerHost
@@ -178,6 +179,23 @@ class RewardRunner:
             _log_failures(part.name, scores)
         return [self._combined(scores, step) for scores in zip(*by_part, strict=True)]
 
+    def call_once(
+        self,
+        images: Sequence[Image.Image],
+        prompts: Sequence[str],
+        columns: Mapping[str, Sequence[Any]],
+    ) -> dict[str, tuple[Outcome, float]]:
+        """Call each reward by itself on all pictures; return what came of it and the seconds.
+
+        Nothing is retried, so that a reward's own behaviour shows.
+        """
+        results = {}
+        for part in self._parts:
+            started = time.perf_counter()
+            [outcome] = part.host.run([Call(images, prompts, columns)])
+            results[part.name] = (outcome, time.perf_counter() - started)
+        return results
+
     def close(self) -> None:
         """Let threads and processes end. Calls that were left behind end with this process."""
         self._drivers.shutdown()
@@ -253,7 +271,7 @@ class RewardRunner:
             scores |= {i: Score(None, reason) for i, reason in reasons.items()}
         rest = [place for place in places if place not in scores]
         judged, again = _call(part, batch, rest, len(rest) if whole else self._batch_size)
-        if not whole and self._batch_size > 1:
+        if not whole and self._batch_size > 1 and len(rest) > 1:
             retried, again = _call(part, batch, list(again), 1)
             judged |= retried
         part.failed_rounds = 0 if judged or not rest else part.failed_rounds + 1
