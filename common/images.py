@@ -36,7 +36,8 @@ def open_image(source: Path | bytes, name: str | None = None) -> Image.Image:
     except UnidentifiedImageError:
         raise _refused(name, f"it is not a whole {', '.join(FORMATS)} file") from None
     except _UNREADABLE as error:
-        raise _refused(name, f"it cannot be read: {error}") from None
+        why = getattr(error, "strerror", None) or error  # without the path, which stands before it
+        raise _refused(name, f"it cannot be read: {why}") from None
     problem = refusal(image)
     if problem is not None:
         raise _refused(name, problem)

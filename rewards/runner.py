@@ -175,8 +175,11 @@ class RewardRunner:
         batch = _Batch(images, prompts, columns, unusable, digests)
         futures = [self._drivers.submit(self._score_part, part, batch) for part in self._parts]
         by_part = [future.result() for future in futures]
+        for problem, count in Counter(unusable.values()).items():
+            _LOG.warning("%d of %d images were refused: %s", count, len(images), problem)
         for part, scores in zip(self._parts, by_part, strict=True):
-            _log_failures(part.name, scores)
+            judged = [score for i, score in enumerate(scores) if i not in unusable]
+            _log_failures(part.name, judged)
         return [self._combined(scores, step) for scores in zip(*by_part, strict=True)]
 
     def call_once(
