@@ -16,7 +16,7 @@ import asyncio
 import json
 import os
 import platform
-import resource
+import re
 import statistics
 import subprocess
 import sys
@@ -82,7 +82,9 @@ def report_peak(name: str) -> None:
         if spec.use == name:
             with RewardRunner([spec]) as runner:
                 timed(runner, job)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000)
+    # Not getrusage: its maximum is inherited from the process that started this one.
+    status = Path("/proc/self/status").read_text()
+    print(int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1000)
 
 
 def main() -> None:

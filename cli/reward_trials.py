@@ -63,7 +63,8 @@ def show(trials: "list[RewardTrial]") -> None:
         console.pairs([(trial.name, _told(trial)) for trial in trials])
     problems = [f"reward `{t.name}`: {text}" for t in trials for text in t.problems]
     if problems:
-        raise RewardError("\n".join(problems))
+        fix = "    Fix: correct the reward; --no-rewards checks the recipe alone."
+        raise RewardError("\n".join([*problems, fix]))
     console.say("ok", style="green")
 
 

@@ -27,15 +27,16 @@ from rewards.runner import RewardRunner, Scored
 
 MSGPACK = "application/msgpack"
 _BODY_SECONDS = 30.0
-_WAITING_REQUESTS = 64
+_WAITING_REQUESTS = 16
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may bring: bytes, and pictures."""
+    """What one request may bring: bytes, pictures, and pixels in all of them."""
 
     body_bytes: int = 64 * 2**20
     images: int = 256
+    pixels: int = 2**28
 
 
 class _Job(BaseModel):
@@ -106,7 +107,7 @@ class RewardService:
             body = await self._body(request)
             # Unpacking and decoding take a while: not in the loop that answers /health.
             job = await asyncio.to_thread(_read_job, body, self._limits)
-            images = await asyncio.to_thread(lambda: list(map(_decoded, job.images)))
+            images = await asyncio.to_thread(_decoded, job.images, self._limits)
             async with self._turn:
                 started = time.perf_counter()
                 scored = await asyncio.to_thread(
@@ -204,12 +205,21 @@ def _read_job(body: bytes, limits: Limits) -> _Job:
     return job
 
 
-def _decoded(data: bytes) -> Any:
-    """Return the picture, or what is wrong with it, which costs only its own score."""
-    try:
-        return open_image(data, "the picture")
-    except DataError as error:
-        return error
+def _decoded(encoded: Sequence[bytes], limits: Limits) -> list[Any]:
+    """Return the pictures; for one that is refused the reason, which costs only its own score."""
+    images: list[Any] = []
+    left = limits.pixels
+    for data in encoded:
+        try:
+            image = open_image(data, "the picture")
+        except DataError as error:
+            images.append(error)
+            continue
+        left -= image.width * image.height
+        if left < 0:
+            raise _Refused(413, f"the images have more than {limits.pixels} pixels in all")
+        images.append(image)
+    return images
 
 
 def _refusal(status: int, reason: str) -> Response:

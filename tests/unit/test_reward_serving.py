@@ -29,9 +29,9 @@ def s_red(images, prompts, tag=None):
     ]
 
 
-def picture(level=255, form="PNG"):
+def picture(level=255, form="PNG", width=6):
     stream = io.BytesIO()
-    Image.new("RGB", (6, 4), (level, 0, 0)).save(stream, form, lossless=True)
+    Image.new("RGB", (width, 4), (level, 0, 0)).save(stream, form, lossless=True)
     return stream.getvalue()
 
 
@@ -47,7 +47,7 @@ def job(images, **changes):
 @pytest.fixture
 def client():
     with RewardRunner([RewardSpec("s_red")]) as runner:
-        app = build_app(runner, limits=Limits(body_bytes=20_000, images=4))
+        app = build_app(runner, limits=Limits(body_bytes=20_000, images=4, pixels=99))
         with TestClient(app, base_url="http://127.0.0.1:8765") as client:
             yield client
 
@@ -82,6 +82,7 @@ def test_png_and_webp_are_scored_and_a_bad_picture_costs_only_its_own_score(clie
         (job([b""], columns=[]), 400, "columns"),
         (job([b""] * 5), 413, "4 are allowed"),
         (job([bytes(20_000)]), 413, "20000 bytes"),
+        (job([picture(), picture(width=19)]), 413, "99 pixels"),
     ],
 )
 def test_wrong_requests_are_refused(client, content, status, word):
