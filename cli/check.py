@@ -1,4 +1,4 @@
-"""`atelier check`: is a recipe right, and where does each of its values come from."""
+"""`atelier check`: is a recipe right, where does each value come from, do its rewards work."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -6,6 +6,7 @@ import typer
 
 if TYPE_CHECKING:
     from recipes import LoadedRecipe
+    from rewards.checks import RewardTrial
 
 
 def register(app: typer.Typer) -> None:
@@ -14,17 +15,26 @@ def register(app: typer.Typer) -> None:
     @app.command(rich_help_panel="Recipes")
     def check(
         recipe: str = typer.Argument(
-            ..., metavar="RECIPE", help="Recipe file, or the name of a shipped one."
+            ...,
+            metavar="RECIPE",
+            help="Recipe file, or the name of a shipped one; or a reward as file.py:function.",
         ),
         overrides: list[str] | None = typer.Argument(
             None, metavar="KEY=VALUE", help="Values to change, such as train.steps=40."
         ),
         as_json: bool = typer.Option(False, "--json", help="Print JSON instead."),
+        rewards: bool = typer.Option(
+            True, help="Try the rewards on all prompt records and on four synthetic pictures."
+        ),
     ) -> None:
-        """Validate a recipe and show every value with the place it comes from."""
+        """Validate a recipe, show every value with the place it comes from, try its rewards."""
+        from cli import reward_trials
         from common.errors import RecipeError
         from recipes import load_recipe
 
+        if ".py:" in recipe:
+            reward_trials.show(reward_trials.of_file(recipe, overrides or []))
+            return
         try:
             loaded = load_recipe(recipe, overrides or [])
         except RecipeError as error:
@@ -32,10 +42,13 @@ def register(app: typer.Typer) -> None:
                 _print_problems(error)
                 raise typer.Exit(error.exit_code) from None
             raise
-        if as_json:
-            _print_json(loaded)
-        else:
+        if not as_json:
             _print_tree(loaded)
+        trials = reward_trials.of_recipe(loaded) if rewards else []
+        if as_json:
+            _print_json(loaded, trials)
+        else:
+            reward_trials.show(trials)
 
 
 def _print_problems(error: Any) -> None:
@@ -46,16 +59,20 @@ def _print_problems(error: Any) -> None:
     typer.echo(json.dumps({"valid": False, "problems": problems}, indent=2, ensure_ascii=False))
 
 
-def _print_json(loaded: "LoadedRecipe") -> None:
+def _print_json(loaded: "LoadedRecipe", trials: "list[RewardTrial]") -> None:
     import json
+    from dataclasses import asdict
 
     facts = {
         "valid": True,
         "recipe": loaded.recipe.model_dump(mode="json"),
         "provenance": loaded.provenance,
         "files": [str(file) for file in loaded.files],
+        "rewards": [asdict(trial) for trial in trials],
     }
     typer.echo(json.dumps(facts, indent=2, ensure_ascii=False))
+    if any(trial.problems for trial in trials):
+        raise typer.Exit(1)
 
 
 def _print_tree(loaded: "LoadedRecipe") -> None:
@@ -82,7 +99,6 @@ def _print_tree(loaded: "LoadedRecipe") -> None:
         console.say(line)
         for piece in pieces[1:]:
             console.say(" " * (keys + 2) + piece, style="cyan")
-    console.say("ok", style="green")
 
 
 def _rows(value: Any, key: str, depth: int, origins: dict[str, str]) -> Any:

@@ -24,8 +24,10 @@ VERBS = (
     "resume",
     "convert",
     "sample",
+    "score",
     "eval",
     "report",
+    "serve_reward",
     "doctor",
 )
 """Modules of this package, in the order of the help; each has `register(app)`."""

@@ -1,5 +1,6 @@
 """The `grpo` recipe: reinforcement learning of the autoregressive model from image rewards."""
 
+from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, Strict, model_validator
@@ -135,6 +136,13 @@ class DecodeSection(Section):
     )
 
 
+class GateSection(Section):
+    """When a reward counts."""
+
+    reward: Annotated[str, Field(min_length=1, description="Name of another reward of the list.")]
+    at_least: Annotated[float, Field(description="Its smallest score at which this one counts.")]
+
+
 class RewardFunction(Section):
     """One reward and its share."""
 
@@ -142,18 +150,47 @@ class RewardFunction(Section):
         str,
         Field(min_length=1, description="Name of a reward (`atelier ls rewards`) or file.py:name."),
     ]
-    weight: Annotated[float, Field(description="Factor on this reward in the sum; not 0.")] = 1.0
+    name: Annotated[
+        str | None, Field(min_length=1, description="Its name in logs and gates; null = its own.")
+    ] = None
+    weight: Annotated[
+        float, Field(description="Factor on this reward in the sum; 0 = logged, not counted.")
+    ] = 1.0
+    schedule: Annotated[
+        tuple[Annotated[tuple[int, float], Strict(False)], ...] | None,
+        Strict(False),
+        Field(
+            min_length=1,
+            description="Points [step, factor] of a factor on the weight, linear in between; "
+            "null = 1 throughout.",
+        ),
+    ] = None
+    range: Annotated[
+        tuple[float, float] | None,
+        Strict(False),
+        Field(description="Scores that count as 0 and as 1; null = scores count as they are."),
+    ] = None
+    only_if: Annotated[
+        GateSection | None,
+        Field(description="Counts only where another reward is high enough, else as 0."),
+    ] = None
     args: Annotated[
         dict[str, Any], Field(description="Arguments passed to the reward by name.")
     ] = Field(default_factory=dict)
     timeout_s: Annotated[
         float, Field(gt=0, description="Seconds for one batch; later scores count as missing.")
     ] = 60.0
+    workers: Annotated[
+        int, Field(ge=0, le=256, description="Processes of its own; 0 = a thread of the run.")
+    ] = 0
 
     @model_validator(mode="after")
-    def _counts(self) -> Self:
-        if self.weight == 0:
-            raise cross_error("weight", "A weight of 0 has no effect.", "remove the reward.")
+    def _sensible(self) -> Self:
+        steps = [step for step, _ in self.schedule or ()]
+        if any(later <= step for step, later in pairwise(steps)):
+            raise cross_error("schedule", "The steps do not rise.", "put the points in order.")
+        if self.range is not None and self.range[0] == self.range[1]:
+            raise cross_error("range", "Both ends are the same score.", "write [low, high].")
         return self
 
 
@@ -165,6 +202,24 @@ class RewardsSection(Section):
         Strict(False),
         Field(min_length=1, description="Rewards; an image's reward is their weighted sum."),
     ]
+    multi_objective_aggregation: Annotated[
+        Literal["sum_then_normalize", "normalize_then_sum"],
+        Field(
+            description="TRL's option: advantages from the weighted sum, or each reward normalised "
+            "within its group before the sum (GDPO)."
+        ),
+    ] = "sum_then_normalize"
+    cache: Annotated[
+        bool, Field(description="Score equal images of equal prompts once, within a run.")
+    ] = False
+
+    @model_validator(mode="after")
+    def _counts(self) -> Self:
+        if not any(function.weight for function in self.functions):
+            raise cross_error(
+                "functions.0.weight", "A weight of 0 has no effect.", "give one reward a weight."
+            )
+        return self
 
 
 class AlgorithmSection(Section):

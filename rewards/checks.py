@@ -1,6 +1,5 @@
 """Trying rewards out before a run: prompt records, and one call on four synthetic pictures."""
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from rewards.outcomes import Outcome
 from rewards.runner import RewardRunner, RewardSpec
 
 _PICTURES = 4
@@ -33,7 +33,7 @@ def try_rewards(
     records: Sequence[Mapping[str, Any]],
     folder: str | Path | None = None,
 ) -> list[RewardTrial]:
-    """Check all prompt records, then call each reward by itself on four synthetic pictures.
+    """Check all prompt records, then call each reward once, by itself, on four synthetic pictures.
 
     The pictures (grey, a gradient, a red disc, noise) go with the first records, in turn.
     Raises RewardError if a reward cannot be loaded or a record cannot be scored (it is named);
@@ -43,18 +43,17 @@ def try_rewards(
     prompts = [str(record.get("prompt", "")) for record in chosen]
     keys = {key for record in chosen for key in record if key != "prompt"}
     columns = {str(key): [record.get(key) for record in chosen] for key in keys}
-    trials = []
-    for spec in specs:
-        with RewardRunner([spec], folder=folder) as runner:
-            runner.check_records(records)
-            name = runner.names[0]
-            start = time.perf_counter()
-            scored = runner.score(synthetic_pictures()[: len(chosen)], prompts, columns)
-            seconds = time.perf_counter() - start
-        failed = [s.reasons[name] for s in scored if s.parts[name] is None]
-        scores = tuple(s.parts[name] for s in scored)
-        trials.append(RewardTrial(name, scores, tuple(dict.fromkeys(failed)), seconds))
-    return trials
+    with RewardRunner(specs, folder=folder) as runner:
+        runner.check_records(records)
+        results = runner.call_once(synthetic_pictures()[: len(chosen)], prompts, columns)
+    return [_trial(name, outcome, seconds) for name, (outcome, seconds) in results.items()]
+
+
+def _trial(name: str, outcome: Outcome, seconds: float) -> RewardTrial:
+    if isinstance(outcome, str):
+        return RewardTrial(name, (None,) * _PICTURES, (outcome,), seconds)
+    problems = dict.fromkeys(score.reason for score in outcome if score.value is None)
+    return RewardTrial(name, tuple(score.value for score in outcome), tuple(problems), seconds)
 
 
 def synthetic_pictures() -> list[Image.Image]:

@@ -60,8 +60,8 @@ class RewardFunction:
         self.function = function
         self.name = traits.name
         self.whole_batch = traits.whole_batch
+        self.args = dict(args)
         self._check = traits.check
-        self._args = dict(args)
         parameters = inspect.signature(function).parameters
         named = {name: p for name, p in parameters.items() if p.kind in _NAMED}
         self._declared = set(named)
@@ -71,7 +71,7 @@ class RewardFunction:
         self.required_columns = tuple(
             name
             for name, p in named.items()
-            if p.default is p.empty and name not in self._args and name not in _GIVEN
+            if p.default is p.empty and name not in self.args and name not in _GIVEN
         )
         """Columns without which the function cannot be called."""
 
@@ -95,7 +95,11 @@ class RewardFunction:
         else:
             wanted = self._declared & set(available)
         chosen = {name: available[name] for name in wanted}
-        return self.function(**(chosen | self._args))
+        return self.function(**(chosen | self.args))
+
+    def sees(self, column: str) -> bool:
+        """Return whether a column of this name reaches the function."""
+        return (self._takes_all or column in self._declared) and column not in self.args
 
     def check_record(self, record: Mapping[str, Any]) -> None:
         """Raise RewardError if the reward cannot score this prompt record; the message names it."""
@@ -108,10 +112,10 @@ class RewardFunction:
             )
         if self._check is not None:
             known = inspect.signature(self._check).parameters
-            self._check(record, **{k: v for k, v in self._args.items() if k in known})
+            self._check(record, **{k: v for k, v in self.args.items() if k in known})
 
     def _refuse_unknown_args(self) -> None:
-        for name in self._args:
+        for name in self.args:
             if name in self._declared and name not in _GIVEN:
                 continue
             options = sorted(self._declared - set(_GIVEN))

@@ -3,9 +3,17 @@
 import asyncio
 import concurrent.futures
 import inspect
+import sys
 import threading
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+from rewards.contract import RewardFunction
+from rewards.outcomes import Outcome, outcome_of, told, too_late
 
 _MAX_LEFT_BEHIND = 3
 _BLOCKED_AFTER = 2.0
@@ -13,41 +21,54 @@ _BLOCKED_AFTER = 2.0
 it blocks the thread instead of awaiting, and is left behind."""
 
 
-class CallTimeout(Exception):
-    """A call did not end within its time limit."""
+@dataclass(frozen=True)
+class Call:
+    """The pictures of one call, with their prompts and the other columns of their records."""
+
+    images: Sequence[Image.Image]
+    prompts: Sequence[str]
+    columns: Mapping[str, Sequence[Any]]
 
 
-class HostBusy(Exception):
-    """Too many earlier calls have not come back."""
+class Host(Protocol):
+    """Runs the calls of one reward."""
+
+    def run(self, calls: Sequence[Call]) -> list[Outcome]:
+        """Return what each call came to, in order; nothing that a reward does is raised."""
+
+    def close(self) -> None:
+        """Give threads or processes back."""
 
 
-class CallHost:
+class ThreadHost:
     """Runs the calls of one reward, plain functions in turn and coroutines together.
 
     One event loop is kept for all calls, so that a client made at the first call (an HTTP session)
-    still works at the next one.
+    still works at the next one. On a GPU, the thread's work goes to a CUDA stream of its own, so
+    that rewards do not wait for one another.
     """
 
-    def __init__(self, name: str, timeout_s: float) -> None:
-        self._name = name
+    def __init__(self, function: RewardFunction, timeout_s: float) -> None:
+        self._function = function
         self._timeout_s = timeout_s
         self._loop: _Loop | None = None
         self._left_behind: list[_Loop] = []
 
-    def run(self, calls: Sequence[Callable[[], Any]]) -> list[Any]:
-        """Return for each call what it returned, or the exception that it ended with."""
+    def run(self, calls: Sequence[Call]) -> list[Outcome]:
+        """Return what each call came to, in order."""
         results: list[Any] = [None] * len(calls)
         awaited: list[tuple[int, _Loop, concurrent.futures.Future[Any]]] = []
         for index, call in enumerate(calls):
             loop = self._ready_loop()
             if loop is None:
-                results[index] = HostBusy(
+                results[index] = (
                     f"{_MAX_LEFT_BEHIND} earlier calls have not come back, so it is not called"
                 )
                 continue
-            value = self._finish(loop, loop.submit(_called(call)), self._timeout_s)
+            value = self._finish(loop, loop.submit(_called(self._function, call)), self._timeout_s)
             if inspect.isawaitable(value):
-                awaited.append((index, loop, loop.submit(_awaited(value, self._timeout_s))))
+                waiting = _awaited(value, len(call.images), self._timeout_s)
+                awaited.append((index, loop, loop.submit(waiting)))
             else:
                 results[index] = value
         for index, loop, future in awaited:
@@ -63,17 +84,17 @@ class CallHost:
     def _finish(self, loop: "_Loop", future: "concurrent.futures.Future[Any]", limit: float) -> Any:
         done, _ = concurrent.futures.wait([future], limit)
         if done:
-            return CallTimeout("it was cancelled") if future.cancelled() else future.result()
+            return "it was cancelled" if future.cancelled() else future.result()
         loop.stop()
         self._left_behind.append(loop)
         if self._loop is loop:
             self._loop = None
-        return _too_late(self._timeout_s)
+        return too_late(self._timeout_s)
 
     def _ready_loop(self) -> "_Loop | None":
         self._left_behind = [loop for loop in dict.fromkeys(self._left_behind) if loop.alive]
         if self._loop is None and len(self._left_behind) < _MAX_LEFT_BEHIND:
-            self._loop = _Loop(f"reward-{self._name}")
+            self._loop = _Loop(f"reward-{self._function.name}")
         return self._loop
 
 
@@ -107,27 +128,47 @@ class _Loop:
         self._loop.close()
 
 
-async def _called(call: Callable[[], Any]) -> Any:
-    """Call a function in the loop's thread. What it raises is returned, so the loop lives on."""
+async def _called(function: RewardFunction, call: Call) -> Any:
+    """Call a function in the loop's thread. What it raises is told, so the loop lives on.
+
+    The reward gets copies of its own. They are made, and a tensor that it returns is read, here:
+    the thread's CUDA stream is in force.
+    """
     try:
-        return call()
-    except Exception as error:
-        return error
-    except SystemExit as error:
-        return RuntimeError(f"it called sys.exit({error.code})")
+        _use_own_stream()
+        columns = {key: [_private(item) for item in x] for key, x in call.columns.items()}
+        images = [image.copy() for image in call.images]
+        value = function(images, list(call.prompts), **columns)
+        return value if inspect.isawaitable(value) else outcome_of(value, len(call.images))
+    except (Exception, SystemExit) as error:
+        return told(error)
 
 
-async def _awaited(awaitable: Any, timeout_s: float) -> Any:
+async def _awaited(awaitable: Any, length: int, timeout_s: float) -> Outcome:
     limit = asyncio.timeout(timeout_s)
     try:
         async with limit:
-            return await awaitable
-    except Exception as error:
+            return outcome_of(await awaitable, length)
+    except (Exception, SystemExit) as error:
         # A TimeoutError of the reward's own (a server that did not answer) keeps its message.
-        return _too_late(timeout_s) if limit.expired() else error
-    except SystemExit as error:
-        return RuntimeError(f"it called sys.exit({error.code})")
+        return too_late(timeout_s) if limit.expired() else told(error)
 
 
-def _too_late(timeout_s: float) -> CallTimeout:
-    return CallTimeout(f"it did not return within {timeout_s:g} s")
+def _use_own_stream() -> None:
+    """Give this thread a CUDA stream of its own, once, where torch is in use on a GPU."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return
+    if torch.cuda.current_stream() == torch.cuda.default_stream():
+        torch.cuda.set_stream(torch.cuda.Stream())
+
+
+def _private(value: Any) -> Any:
+    """Copy what a reward could change in place, so that the others see what they were given."""
+    if isinstance(value, dict):
+        return {key: _private(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_private(item) for item in value]
+    if isinstance(value, Image.Image | np.ndarray):
+        return value.copy()
+    return value

@@ -15,12 +15,18 @@ from common.errors import RewardError
 from common.registry import Registry, nearest
 from rewards.contract import RecordCheck, RewardFunction, Traits
 
-_BUILT_IN = {"geneval": "rewards.geneval:geneval", "ocr": "rewards.ocr:ocr"}
+_BUILT_IN = {
+    "geneval": "rewards.geneval:geneval",
+    "ocr": "rewards.ocr:ocr",
+    "remote": "rewards.remote:remote",
+}
 _REGISTRY = Registry("reward", group="atelier.rewards", error=RewardError)
 for _name, _place in _BUILT_IN.items():
     _REGISTRY.add(_name, _place)
 
 _TRAITS = "__atelier_reward__"
+_FILE_MODULE = "atelier_reward_"
+"""Start of the names of modules that are imported from files which recipes name."""
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
@@ -39,6 +45,8 @@ def reward(
 ) -> Callable[[_Function], _Function]:
     """Register a function as the reward `name`; the function itself is returned unchanged.
 
+    A function of a file that a recipe names is not registered: two files may use one name.
+
     `check(record, **args)` raises RewardError for a prompt record that cannot be scored; it runs
     before a run starts. Set `whole_batch` if the score of a picture depends on the others of the
     call (a diversity reward): it then gets all pictures at once and is never called again singly.
@@ -48,7 +56,7 @@ def reward(
         setattr(function, _TRAITS, Traits(name, check, whole_batch))
         place = f"{function.__module__}:{function.__qualname__}"
         slot = _SLOTS.get(name)
-        if _BUILT_IN.get(name) == place:
+        if _BUILT_IN.get(name) == place or place.startswith(_FILE_MODULE):
             return function
         if slot is not None and _same_definition(slot.function, function):
             slot.function = function
@@ -116,7 +124,7 @@ def _run_file(path: Path) -> ModuleType:
         )
     full = path.resolve()
     source = full.read_bytes()
-    name = f"atelier_reward_{full.stem}_{hashlib.blake2b(str(full).encode()).hexdigest()[:8]}"
+    name = f"{_FILE_MODULE}{full.stem}_{hashlib.blake2b(str(full).encode()).hexdigest()[:8]}"
     loaded = sys.modules.get(name)
     if loaded is not None and getattr(loaded, "__atelier_source__", None) == source:
         return loaded

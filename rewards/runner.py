@@ -1,77 +1,80 @@
 """Running several rewards over a batch of pictures so that none can spoil the others.
 
-Every reward works on private copies in a thread of its own, in batches, with a time limit. What it
-returns is checked item by item. What could not be scored is None, with the reason logged.
+Every reward works on private copies in a thread or in processes of its own, in batches, with a
+time limit. What it returns is checked item by item. What could not be scored is None, with the
+reason logged.
 
 If a call fails as a whole (it raises, runs out of time or returns the wrong number of scores), its
 pictures are tried once more, one at a time, so that one bad picture costs only its own score.
 That is sound for rewards that judge each picture by itself; one that compares the pictures of
 a call says so with `@reward(whole_batch=True)` and is never split.
 
-A Python thread cannot be stopped. A call that runs out of time is left behind; after three such
-calls that have not come back, the reward is not called again until one does.
+A reward whose calls have all failed three times in a row (a judge that is down) is first tried on
+up to three pictures, and asked for the rest only if one of them gets a score.
+
+A Python thread cannot be stopped. A call that runs out of time in one is left behind; after three
+such calls that have not come back, the reward is not called again until one does. A process is
+killed and started anew.
 """
 
 import logging
-import math
-import sys
-import traceback
+import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from common.errors import RewardError
+from common.images import refusal
+from rewards.cache import ScoreCache, image_digest, reward_identity, score_key
+from rewards.composition import Composition
 from rewards.contract import RewardFunction, Score
-from rewards.hosting import CallHost, CallTimeout, HostBusy
+from rewards.hosting import Call, Host, ThreadHost
+from rewards.outcomes import Outcome
 from rewards.plugins import load_reward
+from rewards.spec import RewardSpec
+from rewards.workers import WorkerHost
+
+__all__ = ["RewardRunner", "RewardSpec", "Scored"]
 
 _LOG = logging.getLogger("atelier.rewards")
-
-
-@dataclass(frozen=True)
-class RewardSpec:
-    """One reward of a run: what `load_reward` takes, its weight, its time limit for one call.
-
-    A weight of 0 means that the reward is logged and not counted.
-    """
-
-    use: str
-    weight: float = 1.0
-    args: Mapping[str, Any] = field(default_factory=dict)
-    timeout_s: float = 60.0
+_BREAK_AFTER = 3
+"""Rounds in a row without any score after which a reward is only probed."""
+_PROBES = 3
 
 
 @dataclass(frozen=True)
 class Scored:
     """The scores of one picture.
 
-    `total` is the sum of weight x score, None if any reward that has a weight could not score
-    the picture: a sum over what is left would not be comparable within a group. `parts` holds
-    each reward's score by name. `reasons` says why a part is None, or how it came about.
-    `details` is what a reward told beyond its score (see `Score`).
+    `parts` holds each reward's score by name. `counted` is what each reward with a weight counts,
+    before its weight (see `rewards.composition`), and `total` the weighted sum; both are None if
+    a reward that counts could not score the picture: a sum over what is left would not be
+    comparable within a group. `reasons` says why a part is None, or how it came about. `details`
+    is what a reward told beyond its score (see `Score`).
     """
 
     total: float | None
     parts: dict[str, float | None]
     reasons: dict[str, str] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
+    counted: dict[str, float] | None = None
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Part:
     """A loaded reward with what the runner needs to know about it."""
 
     name: str
     function: RewardFunction
-    spec: RewardSpec
-    host: CallHost
+    host: Host
+    identity: str
+    failed_rounds: int = 0
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -82,13 +85,22 @@ class _Batch:
     prompts: Sequence[str]
     columns: Mapping[str, Sequence[Any]]
     unusable: Mapping[int, str]
+    digests: Mapping[int, str]
+
+    def call(self, places: Sequence[int]) -> Call:
+        return Call(
+            [self.images[i] for i in places],
+            [self.prompts[i] for i in places],
+            {key: [x[i] for i in places] for key, x in self.columns.items()},
+        )
 
 
 class RewardRunner:
     """Scores pictures with several rewards at once. Close it, or use it as a context manager.
 
-    `folder` is where "file.py:function" is looked up (default: the working directory).
-    Raises RewardError for a reward that cannot be loaded and for a bad weight or time limit.
+    `folder` is where "file.py:function" is looked up (default: the working directory). With a
+    `cache`, which the caller closes, pictures that a reward has scored before are not scored again.
+    Raises RewardError for a reward that cannot be loaded and for names or gates that do not fit.
     """
 
     def __init__(
@@ -96,27 +108,41 @@ class RewardRunner:
         specs: Sequence[RewardSpec],
         batch_size: int = 32,
         folder: str | Path | None = None,
+        cache: ScoreCache | None = None,
     ) -> None:
         if not specs:
             raise RewardError("no reward is given. Fix: name at least one.")
         if batch_size < 1:
             raise RewardError(f"batch_size is {batch_size}. Fix: write an integer of 1 or more.")
         self._batch_size = batch_size
-        self._parts: list[_Part] = []
-        used = Counter[str]()
-        for spec in specs:
-            _check_spec(spec)
-            function = load_reward(_located(spec.use, folder), **spec.args)
-            used[function.name] += 1
-            number = used[function.name]
-            name = function.name if number == 1 else f"{function.name}#{number}"
-            self._parts.append(_Part(name, function, spec, CallHost(name, spec.timeout_s)))
+        self._cache = cache
+        functions = [load_reward(_located(spec.use, folder), **spec.args) for spec in specs]
+        names = _names(specs, functions)
+        self._composition = Composition(dict(zip(names, specs, strict=True)))
+        self._parts = [
+            _Part(
+                name,
+                function,
+                _host(function, spec, folder),
+                reward_identity(function) if cache else "",
+            )
+            for name, function, spec in zip(names, functions, specs, strict=True)
+        ]
         self._drivers = ThreadPoolExecutor(len(self._parts), thread_name_prefix="reward")
 
     @property
     def names(self) -> list[str]:
         """Names of the parts in the order given; a reward used again is called name#2."""
         return [part.name for part in self._parts]
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds that each reward took in the last `score`."""
+        return {part.name: part.seconds for part in self._parts}
+
+    def weights(self, step: int = 0) -> dict[str, float]:
+        """Return each reward's weight at a training step."""
+        return self._composition.weights(step)
 
     def check_records(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Raise RewardError, naming the record, if some reward cannot score a prompt record."""
@@ -129,27 +155,52 @@ class RewardRunner:
         images: Sequence[Image.Image],
         prompts: Sequence[str],
         columns: Mapping[str, Sequence[Any]] | None = None,
+        step: int = 0,
     ) -> list[Scored]:
         """Return the scores of each picture, in order. Rewards run side by side.
 
-        `columns` holds the further keys of the prompt records, one value for each picture. Raises
-        RewardError only if the lengths differ; whatever a reward does becomes a None with a reason.
+        `columns` holds the further keys of the prompt records, one value for each picture; `step`
+        decides scheduled weights. Raises RewardError only if the lengths differ; whatever a reward
+        does becomes a None with a reason.
         """
         columns = columns or {}
         lengths = {"prompts": len(prompts), **{key: len(v) for key, v in columns.items()}}
         for key, length in lengths.items():
             if length != len(images):
                 raise RewardError(f"`{key}` has {length} entries for {len(images)} images.")
-        unusable = {i: problem for i, x in enumerate(images) if (problem := _unusable(x))}
-        batch = _Batch(images, prompts, columns, unusable)
+        # Reading a lazily opened file here also keeps threads from reading it at once.
+        unusable = {i: problem for i, x in enumerate(images) if (problem := refusal(x))}
+        usable = set(range(len(images))) - set(unusable) if self._cache else ()
+        digests = {i: image_digest(images[i]) for i in usable}
+        batch = _Batch(images, prompts, columns, unusable, digests)
         futures = [self._drivers.submit(self._score_part, part, batch) for part in self._parts]
         by_part = [future.result() for future in futures]
+        for problem, count in Counter(unusable.values()).items():
+            _LOG.warning("%d of %d images were refused: %s", count, len(images), problem)
         for part, scores in zip(self._parts, by_part, strict=True):
-            _log_failures(part.name, scores)
-        return [self._combined(scores) for scores in zip(*by_part, strict=True)]
+            judged = [score for i, score in enumerate(scores) if i not in unusable]
+            _log_failures(part.name, judged)
+        return [self._combined(scores, step) for scores in zip(*by_part, strict=True)]
+
+    def call_once(
+        self,
+        images: Sequence[Image.Image],
+        prompts: Sequence[str],
+        columns: Mapping[str, Sequence[Any]],
+    ) -> dict[str, tuple[Outcome, float]]:
+        """Call each reward by itself on all pictures; return what came of it and the seconds.
+
+        Nothing is retried, so that a reward's own behaviour shows.
+        """
+        results = {}
+        for part in self._parts:
+            started = time.perf_counter()
+            [outcome] = part.host.run([Call(images, prompts, columns)])
+            results[part.name] = (outcome, time.perf_counter() - started)
+        return results
 
     def close(self) -> None:
-        """Let the threads end. Calls that were left behind end with the process."""
+        """Let threads and processes end. Calls that were left behind end with this process."""
         self._drivers.shutdown()
         for part in self._parts:
             part.host.close()
@@ -160,46 +211,109 @@ class RewardRunner:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _combined(self, scores: Sequence[Score]) -> Scored:
-        pairs = list(zip(self._parts, scores, strict=True))
-        total: float | None = 0.0
-        for part, score in pairs:
-            if part.spec.weight == 0:
-                continue
-            if score.value is None or total is None:
-                total = None
-            else:
-                total += part.spec.weight * score.value
+    def _combined(self, scores: Sequence[Score], step: int) -> Scored:
+        pairs = list(zip(self.names, scores, strict=True))
+        parts = {name: score.value for name, score in pairs}
+        counted = self._composition.counted(parts, step)
         return Scored(
-            total,
-            {part.name: score.value for part, score in pairs},
-            {part.name: score.reason for part, score in pairs if score.reason},
-            {part.name: score.details for part, score in pairs if score.details},
+            None if counted is None else self._composition.total(counted, step),
+            parts,
+            {name: score.reason for name, score in pairs if score.reason},
+            {name: score.details for name, score in pairs if score.details},
+            counted,
         )
 
     def _score_part(self, part: _Part, batch: _Batch) -> list[Score]:
+        started = time.perf_counter()
         scores = {place: Score(None, problem) for place, problem in batch.unusable.items()}
         places = [place for place in range(len(batch.images)) if place not in scores]
-        whole = part.function.whole_batch
-        size = max(1, len(places)) if whole else self._batch_size
-        again: list[int] = []
-        for chunk, outcome in _outcomes(part, batch, places, size):
-            if isinstance(outcome, Exception) and len(chunk) > 1 and not whole:
-                again += chunk
-            else:
-                scores |= zip(chunk, _checked(outcome, len(chunk)), strict=True)
-        for chunk, outcome in _outcomes(part, batch, again, 1):
-            scores |= zip(chunk, _checked(outcome, len(chunk)), strict=True)
+        if self._cache is None or part.function.whole_batch:
+            scores |= self._judge(part, batch, places)
+        else:
+            scores |= self._judge_new(self._cache, part, batch, places)
+        part.seconds = time.perf_counter() - started
         return [scores[place] for place in range(len(batch.images))]
 
+    def _judge_new(
+        self, cache: ScoreCache, part: _Part, batch: _Batch, places: Sequence[int]
+    ) -> dict[int, Score]:
+        """Score only what is not in the cache, and equal pictures of equal prompts once."""
+        seen = [name for name in batch.columns if part.function.sees(name)]
+        keys = {
+            i: score_key(
+                part.identity,
+                batch.digests[i],
+                batch.prompts[i],
+                {name: batch.columns[name][i] for name in seen},
+            )
+            for i in places
+        }
+        known = cache.get(keys.values())
+        first = {key: i for i, key in reversed(keys.items()) if key not in known}
+        fresh = self._judge(part, batch, sorted(first.values()))
+        new = {keys[i]: score for i, score in fresh.items()}
+        cache.put(new)
+        return {i: (known | new)[key] for i, key in keys.items()}
 
-def _check_spec(spec: RewardSpec) -> None:
-    if not math.isfinite(spec.weight):
-        raise RewardError(f"reward `{spec.use}`: weight is {spec.weight}. Fix: write a number.")
-    if not (math.isfinite(spec.timeout_s) and spec.timeout_s > 0):
-        raise RewardError(
-            f"reward `{spec.use}`: timeout_s is {spec.timeout_s}. Fix: write seconds above 0."
-        )
+    def _judge(self, part: _Part, batch: _Batch, places: Sequence[int]) -> dict[int, Score]:
+        """Call the reward for these pictures: in batches, then singly where a batch failed."""
+        if not places:
+            return {}
+        whole = part.function.whole_batch
+        scores: dict[int, Score] = {}
+        if part.failed_rounds >= _BREAK_AFTER and len(places) > _PROBES and not whole:
+            probes = places[:: len(places) // _PROBES][:_PROBES]
+            scores, reasons = _call(part, batch, probes, 1)
+            if len(reasons) == _PROBES:
+                note = (
+                    f"it was only tried on {_PROBES} pictures, because no call succeeded in the "
+                    f"last {part.failed_rounds} rounds: {reasons[probes[0]]}"
+                )
+                part.failed_rounds += 1
+                return dict.fromkeys(places, Score(None, note))
+            scores |= {i: Score(None, reason) for i, reason in reasons.items()}
+        rest = [place for place in places if place not in scores]
+        judged, again = _call(part, batch, rest, len(rest) if whole else self._batch_size)
+        if not whole and self._batch_size > 1 and len(rest) > 1:
+            retried, again = _call(part, batch, list(again), 1)
+            judged |= retried
+        part.failed_rounds = 0 if judged or not rest else part.failed_rounds + 1
+        return scores | judged | {i: Score(None, reason) for i, reason in again.items()}
+
+
+def _call(
+    part: _Part, batch: _Batch, places: Sequence[int], size: int
+) -> tuple[dict[int, Score], dict[int, str]]:
+    """Call the reward for each `size` pictures; return the scores by place, and for the places of
+    calls that failed as a whole the reason."""
+    chunks = [places[i : i + size] for i in range(0, len(places), max(1, size))]
+    scores: dict[int, Score] = {}
+    failed: dict[int, str] = {}
+    for chunk, outcome in zip(chunks, part.host.run(list(map(batch.call, chunks))), strict=True):
+        if isinstance(outcome, str):
+            failed |= dict.fromkeys(chunk, outcome)
+        else:
+            scores |= zip(chunk, outcome, strict=True)
+    return scores, failed
+
+
+def _names(specs: Sequence[RewardSpec], functions: Sequence[RewardFunction]) -> list[str]:
+    """Return a name for each reward; of those without a given one, the second is called name#2."""
+    names: list[str] = []
+    used = Counter[str]()
+    for spec, function in zip(specs, functions, strict=True):
+        name = spec.name or function.name
+        used[name] += 1
+        if spec.name is not None and used[name] > 1:
+            raise RewardError(f"two rewards are called `{name}`. Fix: give one another name.")
+        names.append(name if used[name] == 1 else f"{name}#{used[name]}")
+    return names
+
+
+def _host(function: RewardFunction, spec: RewardSpec, folder: str | Path | None) -> Host:
+    if spec.workers == 0:
+        return ThreadHost(function, spec.timeout_s)
+    return WorkerHost(function, _located(spec.use, folder), spec.timeout_s, spec.workers)
 
 
 def _located(use: str, folder: str | Path | None) -> str:
@@ -207,96 +321,6 @@ def _located(use: str, folder: str | Path | None) -> str:
     if folder is None or not colon or not path.endswith(".py"):
         return use
     return f"{Path(folder) / path}:{attribute}"
-
-
-def _unusable(image: Any) -> str | None:
-    """Return why no reward can look at this picture, or None. Reads its file if it is still open.
-
-    Reading it here also keeps the rewards' threads from reading the same file at once.
-    """
-    if not isinstance(image, Image.Image):
-        return f"it is a {type(image).__name__}, not a PIL image"
-    try:
-        image.load()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        return f"the image cannot be read: {error}"
-    return None
-
-
-def _private(value: Any) -> Any:
-    """Copy what a reward could change in place, so that the others see what they were given."""
-    if isinstance(value, dict):
-        return {key: _private(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_private(item) for item in value]
-    if isinstance(value, Image.Image | np.ndarray):
-        return value.copy()
-    return value
-
-
-def _outcomes(
-    part: _Part, batch: _Batch, places: Sequence[int], size: int
-) -> Iterator[tuple[list[int], list[Any] | Exception]]:
-    """Call the reward once for each `size` pictures; yield their places with the list of scores
-    or with what went wrong."""
-
-    def call(chunk: Sequence[int]) -> Any:
-        images = [batch.images[i].copy() for i in chunk]
-        prompts = [batch.prompts[i] for i in chunk]
-        columns = {key: [_private(x[i]) for i in chunk] for key, x in batch.columns.items()}
-        return part.function(images, prompts, **columns)
-
-    chunks = [list(places[i : i + size]) for i in range(0, len(places), size)]
-    returned = part.host.run([partial(call, chunk) for chunk in chunks])
-    for chunk, value in zip(chunks, returned, strict=True):
-        yield chunk, _as_list(value, len(chunk))
-
-
-def _as_list(value: Any, length: int) -> list[Any] | Exception:
-    if isinstance(value, Exception):
-        return value
-    if hasattr(value, "tolist"):  # a NumPy array or a torch tensor
-        try:
-            value = value.tolist()
-        except Exception as error:  # a tensor on a GPU reports its failure when it is read
-            return error
-    if not isinstance(value, list | tuple):
-        return TypeError(f"it returned {type(value).__name__} instead of a list of scores")
-    if len(value) != length:
-        return ValueError(f"it returned {len(value)} scores for {length} images")
-    return list(value)
-
-
-def _checked(outcome: list[Any] | Exception, length: int) -> list[Score]:
-    if isinstance(outcome, Exception):
-        return [Score(None, _told(outcome))] * length
-    return [_one_score(item) for item in outcome]
-
-
-def _one_score(item: Any) -> Score:
-    """Return a valid Score, its value None for whatever is not a finite number."""
-    score = item if isinstance(item, Score) else Score(item)
-    value: Any = score.value
-    if value is None:
-        return Score(None, score.reason or "the reward returned None", score.details)
-    if getattr(value, "ndim", None) == 0:  # a NumPy or torch scalar
-        value = value.item()
-    if not isinstance(value, int | float):
-        return Score(None, f"the reward returned {type(value).__name__}, not a number")
-    if abs(value) == math.inf or value != value:
-        return Score(None, f"the reward returned {value}", score.details)
-    if abs(value) > sys.float_info.max:
-        return Score(None, "the reward returned an integer too large for a score", score.details)
-    return Score(float(value), score.reason, score.details)
-
-
-def _told(error: Exception) -> str:
-    """Return what went wrong and, for an error in the reward itself, in which line."""
-    if isinstance(error, CallTimeout | HostBusy | RewardError):
-        return str(error)
-    text = f"{type(error).__name__}: {error}"
-    frames = traceback.extract_tb(error.__traceback__)
-    return f"{text} ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else text
 
 
 def _log_failures(name: str, scores: Sequence[Score]) -> None:

@@ -23,6 +23,7 @@ from common.seeds import counter_seed
 from rewards.runner import RewardRunner, Scored
 from rl.checkpoints import publish
 from rl.image_head import add_image_head
+from rl.reward_columns import reward_columns
 from rl.rollouts import Rollout, Sampler
 from rl.trl_release import GRPOConfig, GRPOTrainer
 
@@ -69,7 +70,7 @@ class ImageGRPOTrainer(GRPOTrainer):
             warnings.filterwarnings("ignore", message="You are using 'rollout_func'")
             super().__init__(
                 model=model,
-                reward_funcs=self.reward,
+                reward_funcs=reward_columns(self.reward, rewards.names),
                 args=args,
                 # Only places travel through the data set: Arrow would force one type on each column
                 # of the records.
@@ -122,21 +123,27 @@ class ImageGRPOTrainer(GRPOTrainer):
 
     def reward(
         self, prompts: list[str], images: list[Any], place: list[int], log_metric: Any, **_: Any
-    ) -> list[float | None]:
-        """Score the pictures with every reward of the recipe; None where one failed."""
+    ) -> list[dict[str, float] | None]:
+        """Score the pictures with every reward of the recipe; None where one that counts failed.
+
+        A picture's entry holds what each reward counts, which TRL multiplies with its weight.
+        """
         started = time.perf_counter()
+        step = self.state.global_step
         records = [self.records[i] for i in place]
         keys = dict.fromkeys(key for record in records for key in record if key != "prompt")
         columns = {key: [record.get(key) for record in records] for key in keys}
-        self.last_scores = self.rewards.score(images, prompts, columns)
+        self.last_scores = self.rewards.score(images, prompts, columns, step)
         self.seconds["reward"] = time.perf_counter() - started
+        weights = self.rewards.weights(step)
+        self.reward_weights = torch.tensor([weights[name] for name in self.rewards.names])
         for name in self.rewards.names:
             parts = [p for s in self.last_scores if (p := s.parts[name]) is not None]
             if parts:
                 log_metric(f"parts/{name}", float(np.mean(parts)))
         missing = sum(scored.total is None for scored in self.last_scores)
         log_metric("missing_rewards", float(missing))
-        return [scored.total for scored in self.last_scores]
+        return [scored.counted for scored in self.last_scores]
 
     # --- private methods of TRL that the image case replaces (pinned by a contract test) ---------
 
@@ -155,10 +162,15 @@ class ImageGRPOTrainer(GRPOTrainer):
         which the division by a standard deviation of about zero would make an advantage.
         """
         size = self.num_generations
-        totals = [scored.total for scored in self.last_scores]
+        # What TRL's aggregation sees: the sum, or the rewards one by one.
+        summed = self.multi_objective_aggregation == "sum_then_normalize"
+        signals = [
+            scored.total if summed or scored.counted is None else (*scored.counted.items(),)
+            for scored in self.last_scores
+        ]
         differ = [
-            len({total for total in totals[i : i + size] if total is not None}) > 1
-            for i in range(0, len(totals), size)
+            len({signal for signal in signals[i : i + size] if signal is not None}) > 1
+            for i in range(0, len(signals), size)
         ]
         advantages = output["advantages"]
         informative = torch.tensor(differ, device=advantages.device).repeat_interleave(size)

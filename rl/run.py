@@ -4,7 +4,7 @@ This file is the way in: read `_run` from top to bottom.
 """
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
@@ -25,8 +25,11 @@ from policy import Policy, base_path
 from policy.quiet import quiet_libraries
 from policy.sampling import Sampling
 from recipes import LoadedRecipe, dump_recipe, load_recipe
+from recipes.locate import located
 from recipes.schema_grpo import GrpoRecipe
-from rewards.runner import RewardRunner, RewardSpec
+from rewards.cache import ScoreCache
+from rewards.runner import RewardRunner
+from rewards.spec import spec_from
 from rl.callbacks import HeldOutCallback, InterruptCallback, JournalCallback
 from rl.checkpoints import newest_valid, step_of
 from rl.grpo import ImageGRPOTrainer, Sync
@@ -48,7 +51,7 @@ def train(loaded: LoadedRecipe, run_dir: Path, progress: Progress | None = None)
 
     Raises `Interrupted` after SIGINT or SIGTERM, with a checkpoint written.
     """
-    recipe = _located(_grpo(loaded), loaded.files)
+    recipe = located(_grpo(loaded), loaded.files)
     _run(recipe, run_dir, progress or SilentProgress(), checkpoint=None)
 
 
@@ -76,11 +79,7 @@ def _run(recipe: GrpoRecipe, run_dir: Path, progress: Progress, checkpoint: Path
         policy = load_policy(recipe)
         lora = lora_config(recipe.policy.lora, policy) if recipe.policy.lora else None
         records = _records(recipe)
-        rewards = parts.enter_context(
-            RewardRunner(
-                [RewardSpec(f.use, f.weight, f.args, f.timeout_s) for f in recipe.rewards.functions]
-            )
-        )
+        rewards = parts.enter_context(build_rewards(recipe))
         rewards.check_records(records)
         engine = parts.enter_context(closing(build_engine(recipe, policy)))
         sync = _sync(policy, engine)
@@ -166,6 +165,12 @@ def build_engine(recipe: GrpoRecipe, policy: Policy) -> Engine:
     )
 
 
+def build_rewards(recipe: GrpoRecipe) -> RewardRunner:
+    """Load the rewards of a recipe whose files have been located."""
+    specs = [spec_from(function.model_dump()) for function in recipe.rewards.functions]
+    return RewardRunner(specs, cache=ScoreCache() if recipe.rewards.cache else None)
+
+
 def _records(recipe: GrpoRecipe) -> list[dict[str, Any]]:
     """Return the prompts of every step in order: each step's draw has its own seed."""
     per_step = recipe.rollout.prompts_per_step
@@ -219,6 +224,7 @@ def trainer_config(recipe: GrpoRecipe, run_dir: Path, completion_length: int) ->
         epsilon_high=algorithm.clip_high,
         loss_type="grpo",
         scale_rewards=algorithm.advantage_scale,
+        multi_objective_aggregation=recipe.rewards.multi_objective_aggregation,
         vllm_importance_sampling_correction=algorithm.importance_cap is not None,
         vllm_importance_sampling_mode="token_truncate",
         vllm_importance_sampling_clip_max=algorithm.importance_cap,
@@ -294,34 +300,6 @@ def _write_policy(
     policy.config = replace(policy.config, provenance={**policy.config.provenance, "grpo": trained})
     policy.save_pretrained(staged)
     staged.rename(run_dir / "policy")
-
-
-def _located(recipe: GrpoRecipe, files: Sequence[Path]) -> GrpoRecipe:
-    """Return the recipe with absolute paths, so that the run can be resumed from any folder.
-
-    Reward and prompt files are looked for beside the recipe, beside those it extends, then here.
-    """
-
-    def found(text: str) -> str:
-        places = [file.parent / text for file in files]
-        return str(next((path for path in places if path.is_file()), Path(text)).resolve())
-
-    def reward_file(use: str) -> str:
-        path, _, function = use.rpartition(":")
-        return f"{found(path)}:{function}" if path.endswith(".py") else use
-
-    path, source = recipe.policy.path, recipe.prompts.source
-    functions = tuple(
-        f.model_copy(update={"use": reward_file(f.use)}) for f in recipe.rewards.functions
-    )
-    sections = {
-        "policy": {"path": path if path == "base" else str(Path(path).expanduser().resolve())},
-        "prompts": {"source": source if source == "scenes" else found(source)},
-        "rewards": {"functions": functions},
-    }
-    return recipe.model_copy(
-        update={key: getattr(recipe, key).model_copy(update=v) for key, v in sections.items()}
-    )
 
 
 def _grpo(loaded: LoadedRecipe) -> GrpoRecipe:

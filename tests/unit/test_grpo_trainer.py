@@ -34,9 +34,15 @@ class Given:
     names: list[str] = field(default_factory=lambda: ["given"])
     seen: list[dict[str, Any]] = field(default_factory=list)
 
-    def score(self, images, prompts, columns):
+    def score(self, images, prompts, columns, step):
         self.seen.append({"images": images, "prompts": prompts, "columns": columns})
-        return [Scored(total, {"given": total}) for total in self.totals]
+        return [
+            Scored(t, {"given": t}, counted=None if t is None else {"given": t})
+            for t in self.totals
+        ]
+
+    def weights(self, step):
+        return {"given": 1.0}
 
 
 class Gradients(TrainerCallback):
@@ -58,7 +64,15 @@ def flat(groups: list[list[float | None]]) -> list[float | None]:
 
 
 def build(
-    policy: Policy, tmp_path, rewards=REWARDS, *, lora=False, records=None, callbacks=(), **changes
+    policy: Policy,
+    tmp_path,
+    rewards=REWARDS,
+    *,
+    lora=False,
+    records=None,
+    callbacks=(),
+    runner=None,
+    **changes,
 ) -> ImageGRPOTrainer:
     """A trainer of one step over three prompts x 4 samples (or what `changes` say)."""
     overrides = {
@@ -89,7 +103,7 @@ def build(
         trainer_config(recipe, tmp_path, policy.config.num_tokens),
         records,
         sampler=sampler,
-        rewards=Given(flat(rewards)),
+        rewards=runner or Given(flat(rewards)),
         sync=lambda step: None,
         drop_zero_variance=recipe.algorithm.drop_zero_variance,
         callbacks=callbacks,
@@ -367,11 +381,11 @@ def test_what_is_rewarded_is_drawn_more_often(policy, tmp_path, lora, learning_r
     first, shares = policy.config.image_start_id, []
 
     class EvenCodes(Given):
-        def score(self, images, prompts, columns):
+        def score(self, images, prompts, columns, step):
             even = (trainer.last_rollout.completion_ids - first) % 2 == 0
             self.totals = even.float().mean(1).tolist()
             shares.append(float(np.mean(self.totals)))
-            return super().score(images, prompts, columns)
+            return super().score(images, prompts, columns, step)
 
     trainer.rewards = EvenCodes([])
     trainer.train()

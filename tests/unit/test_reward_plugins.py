@@ -149,13 +149,14 @@ def test_a_decorated_function_in_a_file_keeps_its_name_and_traits(tmp_path):
     for _ in range(2):
         call = load_reward(f"{path}:f")
         assert (call.name, call.whole_batch) == ("p_file", True)
-    assert load_reward("p_file")(PICTURES, PROMPTS) == [1.0]
+    assert "p_file" not in list_rewards()
 
 
-def test_two_files_of_one_name_are_two_modules(tmp_path):
+def test_two_files_of_one_name_are_two_modules_and_may_name_their_rewards_alike(tmp_path):
     for value in (1, 2):
         (tmp_path / str(value)).mkdir()
-        write(tmp_path / str(value), f"def f(images):\n    return {value}\n")
+        code = "from rewards import reward\n@reward(name='geneval')\n"
+        write(tmp_path / str(value), f"{code}def f(images):\n    return {value}\n")
     calls = [load_reward(f"{tmp_path}/{value}/mine.py:f") for value in (1, 2)]
     assert [call(PICTURES, PROMPTS) for call in calls] == [1, 2]
 

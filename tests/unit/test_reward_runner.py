@@ -14,6 +14,7 @@ from common.errors import RewardError
 from rewards import Score, reward
 from rewards.checks import try_rewards
 from rewards.runner import RewardRunner, RewardSpec
+from rewards.spec import Gate
 
 
 def grey(level):
@@ -388,17 +389,28 @@ def test_closing_leaves_no_thread():
 
 
 @pytest.mark.parametrize(
-    ("spec", "word"),
+    ("wrong", "word"),
     [
-        (RewardSpec("t_level", weight=math.nan), "weight"),
-        (RewardSpec("t_level", timeout_s=0), "timeout_s"),
-        (RewardSpec("t_levl"), "t_level"),
-        (RewardSpec("t_level", args={"scale": 2}), "scale"),
+        ({"weight": math.nan}, "weight"),
+        ({"timeout_s": 0}, "timeout_s"),
+        ({"workers": -1}, "workers"),
+        ({"schedule": ()}, "schedule"),
+        ({"schedule": ((5, 1.0), (5, 2.0))}, "schedule"),
+        ({"range": (2.0, 2.0)}, "range"),
+        ({"use": "t_levl"}, "t_level"),
+        ({"args": {"scale": 2}}, "scale"),
+        ({"only_if": Gate("t_level", 1)}, "no other reward"),
+        ({"only_if": Gate("t_othr", 1)}, "`t_other`"),
+        ({"name": "t_other"}, "two rewards"),
     ],
 )
-def test_wrong_specs_are_refused_before_anything_runs(spec, word):
+def test_wrong_specs_are_refused_before_anything_runs(wrong, word):
+    def build():
+        spec = RewardSpec(**{"use": "t_level"} | wrong)
+        RewardRunner([RewardSpec("t_level", name="t_other"), spec])
+
     with pytest.raises(RewardError, match=word):
-        RewardRunner([spec])
+        build()
 
 
 def test_no_rewards_and_unequal_lengths_are_refused():

@@ -14,9 +14,10 @@ from tiny_policy import write_recipe
 from common.errors import RunError
 from policy.quiet import quiet_libraries
 from recipes import load_recipe
+from recipes.locate import located
 from rl.callbacks import InterruptCallback
 from rl.rollouts import Decode, Sampler
-from rl.run import _held_out, _located, _records, _sync, resume, trainer_config
+from rl.run import _held_out, _records, _sync, resume, trainer_config
 from rollout.engine import Sampling, WeightMismatch
 
 
@@ -72,7 +73,7 @@ def test_files_are_found_beside_the_recipe_and_beside_those_it_extends(
     (tmp_path / "child" / "mine.jsonl").write_text('{"prompt": "x"}\n')
     monkeypatch.chdir(tmp_path)
     loaded = load_recipe("child/recipe.yaml", ["policy.path=relative/policy"])
-    recipe = _located(loaded.recipe, loaded.files)
+    recipe = located(loaded.recipe, loaded.files)
     assert recipe.rewards.functions[0].use == f"{tmp_path / 'parent' / 'redness.py'}:redness"
     assert recipe.prompts.source == str(tmp_path / "child" / "mine.jsonl")
     assert recipe.policy.path == str(tmp_path / "relative" / "policy")
@@ -80,7 +81,7 @@ def test_files_are_found_beside_the_recipe_and_beside_those_it_extends(
 
 def test_names_are_not_paths():
     loaded = load_recipe("geneval-scenes")
-    assert _located(loaded.recipe, loaded.files) == loaded.recipe
+    assert located(loaded.recipe, loaded.files) == loaded.recipe
 
 
 def test_a_folder_that_is_no_run_cannot_be_resumed(tmp_path):
@@ -239,5 +240,5 @@ def test_signals_are_given_back_when_training_fails(policy_folder, tmp_path, mon
 def test_the_example_recipe_names_a_reward_beside_it():
     root = Path(__file__).resolve().parents[2]
     loaded = load_recipe(root / "examples" / "custom_reward" / "recipe.yaml")
-    uses = [f.use for f in _located(loaded.recipe, loaded.files).rewards.functions]
+    uses = [f.use for f in located(loaded.recipe, loaded.files).rewards.functions]
     assert f"{root / 'examples' / 'custom_reward' / 'warmth.py'}:warmth" in uses

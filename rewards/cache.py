@@ -1,0 +1,103 @@
+"""Scores that are kept: the same picture, prompt and reward are not judged twice."""
+
+import hashlib
+import inspect
+import json
+import sqlite3
+import threading
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from common.errors import RewardError
+from rewards.contract import RewardFunction, Score
+
+MAX_ROWS = 200_000
+"""Oldest scores are dropped beyond this many: about 200 MB."""
+
+
+class ScoreCache:
+    """Scores by key, in a file or, without one, in memory. Safe to use from several threads.
+
+    Raises RewardError if the file is something else.
+    """
+
+    def __init__(self, file: Path | None = None) -> None:
+        self._lock = threading.Lock()
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+        self._data = sqlite3.connect(file or ":memory:", check_same_thread=False)
+        try:
+            self._data.execute(
+                "CREATE TABLE IF NOT EXISTS scores (key TEXT UNIQUE, value REAL, reason TEXT, "
+                "details TEXT)"
+            )
+        except sqlite3.DatabaseError as error:
+            self._data.close()
+            raise RewardError(
+                f"{file} is not a score cache ({error}). Fix: name another file."
+            ) from error
+
+    def get(self, keys: Iterable[str]) -> dict[str, Score]:
+        """Return the scores that are known, by key."""
+        found = {}
+        with self._lock:
+            for key in set(keys):
+                row = self._data.execute(
+                    "SELECT value, reason, details FROM scores WHERE key = ?", (key,)
+                ).fetchone()
+                if row is not None:
+                    found[key] = Score(row[0], row[1], json.loads(row[2]))
+        return found
+
+    def put(self, scores: Mapping[str, Score]) -> None:
+        """Keep the scores that have a value; a failure is worth another try."""
+        rows = [
+            (key, score.value, score.reason, json.dumps(score.details))
+            for key, score in scores.items()
+            if score.value is not None and _is_json(score.details)
+        ]
+        with self._lock, self._data:
+            self._data.executemany("INSERT OR REPLACE INTO scores VALUES (?, ?, ?, ?)", rows)
+            self._data.execute(
+                "DELETE FROM scores WHERE rowid <= (SELECT max(rowid) FROM scores) - ?", (MAX_ROWS,)
+            )
+
+    def close(self) -> None:
+        """Close the file."""
+        self._data.close()
+
+
+def reward_identity(function: RewardFunction) -> str:
+    """Return a hash of a reward's name, arguments and source file, so that an edit is noticed."""
+    source = inspect.getsourcefile(inspect.unwrap(function.function))
+    code = Path(source).read_bytes() if source and Path(source).is_file() else b""
+    return _hash(function.name, json.dumps(function.args, sort_keys=True, default=repr), code)
+
+
+def image_digest(image: Image.Image) -> str:
+    """Return a hash of a picture's pixels, size and mode."""
+    return _hash(image.mode, str(image.size), image.tobytes())
+
+
+def score_key(identity: str, digest: str, prompt: str, columns: Mapping[str, Any]) -> str:
+    """Return the key of one score; `columns` are the values that the reward gets to see."""
+    return _hash(identity, digest, prompt, json.dumps(columns, sort_keys=True, default=repr))
+
+
+def _hash(*parts: str | bytes) -> str:
+    total = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        data = part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part
+        total.update(len(data).to_bytes(8, "little") + data)  # so that no two splits are alike
+    return total.hexdigest()
+
+
+def _is_json(details: Mapping[str, Any]) -> bool:
+    """Whether the details would be the same when read again; a reward may put anything there."""
+    try:
+        return bool(json.loads(json.dumps(details)) == details)
+    except (TypeError, ValueError):
+        return False

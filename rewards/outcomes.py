@@ -1,0 +1,57 @@
+"""What a call of a reward came to: valid scores, or the reason why there are none."""
+
+import math
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+from common.errors import RewardError
+from rewards.contract import Score
+
+Outcome = list[Score] | str
+"""The scores of a call, one for each picture, or why the call failed as a whole."""
+
+
+def outcome_of(value: Any, length: int) -> Outcome:
+    """Check what a reward returned for `length` pictures, item by item."""
+    if hasattr(value, "tolist"):  # a NumPy array or a torch tensor
+        value = value.tolist()
+    if not isinstance(value, list | tuple):
+        return f"it returned {type(value).__name__} instead of a list of scores"
+    if len(value) != length:
+        return f"it returned {len(value)} scores for {length} images"
+    return [_one_score(item) for item in value]
+
+
+def told(error: BaseException) -> str:
+    """Return what went wrong and, for an error in the reward itself, in which line."""
+    if isinstance(error, RewardError):
+        return str(error)
+    if isinstance(error, SystemExit):
+        return f"it called sys.exit({error.code})"
+    text = f"{type(error).__name__}: {error}"
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{text} ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else text
+
+
+def too_late(timeout_s: float) -> str:
+    """Return the reason for a call that ran out of time."""
+    return f"it did not return within {timeout_s:g} s"
+
+
+def _one_score(item: Any) -> Score:
+    """Return a valid Score, its value None for whatever is not a finite number."""
+    score = item if isinstance(item, Score) else Score(item)
+    value: Any = score.value
+    if value is None:
+        return Score(None, score.reason or "the reward returned None", score.details)
+    if getattr(value, "ndim", None) == 0:  # a NumPy or torch scalar
+        value = value.item()
+    if not isinstance(value, int | float):
+        return Score(None, f"the reward returned {type(value).__name__}, not a number")
+    if abs(value) == math.inf or value != value:
+        return Score(None, f"the reward returned {value}", score.details)
+    if abs(value) > sys.float_info.max:
+        return Score(None, "the reward returned an integer too large for a score", score.details)
+    return Score(float(value), score.reason, score.details)

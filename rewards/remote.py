@@ -1,0 +1,145 @@
+"""The reward `remote`: scores from servers that run `atelier serve-reward`.
+
+What travels: POST /score with a msgpack map {"images": [PNG or WebP bytes], "prompts": [text],
+"columns": {name: [value]}}, all of one length; back comes {"reward": name, "scores": [{"value":
+number or nil, "reason": text, "details": map}]}, in order.
+"""
+
+import asyncio
+import io
+import ssl
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import httpx
+import msgpack
+from PIL import Image
+
+from common.errors import RewardError
+from rewards.contract import Score
+from rewards.plugins import reward
+
+_PAUSES = (0.0, 0.5, 2.0)
+"""Seconds before each round over all servers."""
+_REST_SECONDS = 10.0
+"""A server that did not answer is asked last for this long."""
+_CONNECT_SECONDS = 5.0
+
+
+@dataclass
+class _Server:
+    """What this process knows about a server."""
+
+    url: str
+    busy: int = 0
+    rests_until: float = 0.0
+
+
+@reward(name="remote")
+async def remote(
+    images: Sequence[Image.Image],
+    prompts: Sequence[str],
+    servers: Sequence[str],
+    token_file: str | None = None,
+    server_timeout_s: float = 30.0,
+    **columns: Sequence[Any],
+) -> list[Score]:
+    """Return what a server says about the pictures; they travel as PNG, with all columns.
+
+    `servers` are addresses such as http://127.0.0.1:8765, all with the same reward. Each call goes
+    to the one with the fewest calls under way; batches of one run so spread over all. One that
+    cannot be reached, is busy or takes longer than `server_timeout_s` is passed over, three rounds
+    in all. `token_file` holds the bearer token. Raises RewardError if no server answers or one
+    refuses the request.
+    """
+    body = await asyncio.to_thread(_packed, images, prompts, columns)
+    headers = {"Content-Type": "application/msgpack"}
+    if token_file is not None:
+        headers["Authorization"] = f"Bearer {read_token(Path(token_file))}"
+    pool = [_server(url.rstrip("/")) for url in servers]
+    timeout = httpx.Timeout(server_timeout_s, connect=_CONNECT_SECONDS)
+    # Proxies and certificates are not taken from the environment: scores come from where it says.
+    async with httpx.AsyncClient(
+        verify=_tls(), trust_env=False, headers=headers, timeout=timeout
+    ) as client:
+        return _scores(await _ask(client, pool, body))
+
+
+def read_token(file: Path) -> str:
+    """Return the token in a file; RewardError if there is none."""
+    try:
+        token = file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RewardError(f"the token file {file} cannot be read: {error}.") from error
+    if not token or not token.isascii() or not token.isprintable():
+        raise RewardError(f"{file} holds no token. Fix: write one line of plain characters.")
+    return token
+
+
+async def _ask(client: httpx.AsyncClient, pool: Sequence[_Server], body: bytes) -> Any:
+    """Return the first answer of a server; RewardError if there is none."""
+    problem = "`servers` is empty"
+    for pause in _PAUSES if pool else ():
+        await asyncio.sleep(pause)
+        untried = list(pool)
+        while untried:
+            now = time.monotonic()
+            server = min(untried, key=lambda one: (one.rests_until > now, one.busy))
+            untried.remove(server)
+            server.busy += 1
+            try:
+                answer = await client.post(f"{server.url}/score", content=body)
+            except (httpx.HTTPError, httpx.InvalidURL) as error:
+                server.rests_until = time.monotonic() + _REST_SECONDS
+                problem = f"{server.url}: {type(error).__name__} {error}".rstrip()
+                continue
+            finally:
+                server.busy -= 1
+            if answer.status_code == 200:
+                return answer
+            problem = f"{server.url} answered {answer.status_code}: {answer.text[:200]}"
+            if answer.status_code < 500:
+                raise RewardError(problem)
+    raise RewardError(f"no server gave scores; the last problem: {problem}")
+
+
+def _scores(answer: httpx.Response) -> list[Score]:
+    try:
+        items = msgpack.unpackb(answer.content)["scores"]
+        return [Score(item["value"], str(item["reason"]), dict(item["details"])) for item in items]
+    except (ValueError, TypeError, KeyError, msgpack.UnpackException) as error:
+        raise RewardError(f"{answer.url} did not answer with scores: {error!r}") from error
+
+
+def _packed(
+    images: Sequence[Image.Image], prompts: Sequence[str], columns: dict[str, Sequence[Any]]
+) -> bytes:
+    job = {
+        "images": [_png(image) for image in images],
+        "prompts": list(prompts),
+        "columns": {name: list(values) for name, values in columns.items()},
+    }
+    try:
+        return bytes(msgpack.packb(job))
+    except TypeError as error:
+        raise RewardError(f"a column holds what cannot be sent: {error}") from error
+
+
+def _png(image: Image.Image) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, format="PNG", compress_level=1)  # 1 is several times faster than 6
+    return stream.getvalue()
+
+
+@cache
+def _server(url: str) -> _Server:
+    return _Server(url)
+
+
+@cache
+def _tls() -> ssl.SSLContext:
+    return ssl.create_default_context()

@@ -1,0 +1,133 @@
+"""`atelier check` calls the rewards: every way in which one can be wrong is told."""
+
+import json
+
+import pytest
+
+from cli.main import main
+
+RECIPE = """
+extends: geneval-scenes
+name: mine
+prompts: {source: %s}
+rewards:
+  functions: [%s]
+"""
+REWARDS = """
+import math, time
+
+def length(images, prompts): return [0.5] * 3
+def one(images): return [0.5]
+def nan(images): return [0.5, math.nan, 0.5, 0.5]
+def kind(images): return ["high"] * len(images)
+def number(images): return 1.0
+def raises(images): raise KeyError("no face")
+def slow(images): time.sleep(20)
+def good(images, prompts, scale=1.0): return [scale * image.width for image in images]
+async def later(images): return [None] + [1.0] * (len(images) - 1)
+def trl(prompts, completions, **kwargs): return [c.width / 128 for c in completions]
+"""
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NO_COLOR", "1")
+    (tmp_path / "mine.py").write_text(REWARDS)
+    return tmp_path
+
+
+def check(folder, functions, source="scenes", *options):
+    (folder / "mine.yaml").write_text(RECIPE % (source, functions))
+    return main(["check", "mine.yaml", *options])
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("length", "returned 3 scores for 4 images"),
+        ("one", "returned 1 scores for 4 images"),
+        ("nan", "returned nan"),
+        ("kind", "returned str"),
+        ("number", "returned float"),
+        ("raises", "KeyError: 'no face' (mine.py:9)"),
+        ("slow", "did not return within 0.2 s"),
+        ("later", "returned None"),
+    ],
+)
+def test_what_is_wrong_with_a_reward_is_told(folder, capsys, name, problem):
+    use = f'{{use: "mine.py:{name}", timeout_s: 0.2}}, {{use: geneval}}'
+    assert check(folder, use) == 1
+    captured = capsys.readouterr()
+    assert f"reward `{name}`: " in captured.err
+    assert problem in captured.err
+    assert "geneval  " in captured.out  # the others are tried all the same
+    assert captured.out.splitlines()[-1] != "ok"
+
+
+def test_good_rewards_show_their_scores_and_seconds(folder, capsys):
+    assert check(folder, '{use: "mine.py:good", args: {scale: 0.5}}, {use: "mine.py:trl"}') == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "ok"
+    assert lines[-3].split()[:6] == ["good", "32", "32", "32", "32", "in"]
+    assert lines[-2].split()[:5] == ["trl", "0.5", "0.5", "0.5", "0.5"]
+
+
+def test_as_json(folder, capsys):
+    assert check(folder, '{use: "mine.py:nan"}', "scenes", "--json") == 1
+    facts = json.loads(capsys.readouterr().out)
+    [trial] = facts["rewards"]
+    assert facts["valid"] is True
+    assert trial["name"] == "nan"
+    assert trial["scores"] == [0.5, None, 0.5, 0.5]
+    assert "nan" in trial["problems"][0]
+    assert trial["seconds"] >= 0
+    assert check(folder, '{use: "mine.py:nan"}', "scenes", "--json", "--no-rewards") == 0
+    assert json.loads(capsys.readouterr().out)["rewards"] == []
+
+
+@pytest.mark.parametrize(
+    ("use", "record", "words"),
+    [
+        ("ocr", {"prompt": "a sign"}, ["quotes no text"]),
+        ("geneval", {"prompt": "x"}, ["tag"]),
+        ("geneval", {"prompt": "x", "metadata": {"tag": "t"}}, ["include"]),
+        (
+            "geneval",
+            {"prompt": "x", "metadata": {"tag": "t", "include": [{"class": "circl", "count": 1}]}},
+            ["circl", "circle"],
+        ),
+        (
+            "geneval",
+            {
+                "prompt": "x",
+                "metadata": {
+                    "tag": "t",
+                    "include": [{"class": "circle", "count": 1, "color": "rde"}],
+                },
+            },
+            ["rde", "red"],
+        ),
+        ('"mine.py:good", only_if: {reward: goood, at_least: 1}', {"prompt": "x"}, ["goood"]),
+        ('"mine.py:goood"', {"prompt": "x"}, ["`good`"]),
+    ],
+)
+def test_what_cannot_be_scored_is_an_error_that_names_it(folder, capsys, use, record, words):
+    good = {
+        "prompt": 'says "CAB"',
+        "metadata": {"tag": "t", "include": [{"class": "ring", "count": 1}]},
+    }
+    rows = [good, {**record, "prompt_id": "record-seven"}]
+    (folder / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert check(folder, f"{{use: {use}}}", "p.jsonl") == 1
+    error = capsys.readouterr().err
+    assert "goood" in use or "record-seven" in error
+    assert all(word in error for word in words)
+
+
+def test_a_reward_file_alone(capsys):
+    assert main(["check", "mine.py:good", "scale=2"]) == 0
+    assert "good  128  128  128  128  in " in capsys.readouterr().out
+    assert main(["check", "mine.py:nan"]) == 1
+    assert main(["check", "mine.py:good", "scal=2"]) == 1
+    assert "`scale`" in capsys.readouterr().err

@@ -1,0 +1,274 @@
+"""Rewards in processes of their own, the cache, and the reward that is down."""
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+
+import pytest
+from PIL import Image
+
+from common.errors import RewardError
+from rewards import Score, reward
+from rewards.cache import ScoreCache
+from rewards.runner import RewardRunner, RewardSpec
+
+FILE = '''
+import os, signal, sys, time
+import numpy as np
+from rewards import Score
+
+def odd(images, prompts, target=0, note=None):
+    """The red of the first pixel; some prompts ask for trouble."""
+    scores = []
+    for image, prompt in zip(images, prompts):
+        if prompt == "crash":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if prompt == "exit":
+            os._exit(7)
+        if prompt == "sys.exit":
+            sys.exit(3)
+        if prompt == "hang":
+            time.sleep(60)
+        if prompt == "raise":
+            raise KeyError("gone")
+        value = float("nan") if prompt == "nan" else np.float32(image.getpixel((0, 0))[0])
+        scores.append(Score(value, "as asked", {"pid": os.getpid(), "note": note and note[0]}))
+    return scores
+
+async def later(images):
+    return [1.0] * len(images)
+
+def threads(images):
+    return [float(os.environ["OMP_NUM_THREADS"])] * len(images)
+
+def slow(images):
+    time.sleep(0.5)
+    return [0.0] * len(images)
+'''
+TROUBLE = {
+    "crash": "ended with code -11",
+    "exit": "ended with code 7",
+    "sys.exit": "sys.exit(3)",
+    "hang": "within 2 s",
+    "raise": "KeyError: 'gone' (odd.py:19)",
+    "nan": "nan",
+}
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("rewards") / "odd.py"
+    path.write_text(FILE)
+    return path
+
+
+def pictures(count):
+    return [Image.new("RGB", (8, 8), (i, 0, 0)) for i in range(count)]
+
+
+def parts(scored, name):
+    return [s.parts[name] for s in scored]
+
+
+# --- processes ------------------------------------------------------------------------------------
+
+
+def test_crash_hang_and_the_rest_cost_only_their_own_picture(file):
+    prompts = ["fine", *TROUBLE, "fine"]
+    spec = RewardSpec(f"{file}:odd", timeout_s=2, workers=1)
+    with RewardRunner([spec], batch_size=3) as runner:
+        scored = runner.score(pictures(8), prompts, {"note": list("abcdefgh")})
+        assert parts(scored, "odd") == [0, *[None] * 6, 7]
+        for prompt, one in zip(prompts[1:-1], scored[1:-1], strict=True):
+            assert TROUBLE[prompt] in one.reasons["odd"], prompt
+        details = scored[-1].details["odd"]
+        assert details["note"] in "gh"  # of its own call, alone or in its batch
+        assert details["pid"] != os.getpid()
+    assert not multiprocessing.active_children()  # the one that hung was killed
+
+
+def test_several_processes_work_side_by_side_one_thread_each_and_async_is_awaited(file):
+    specs = [
+        RewardSpec(f"{file}:slow", workers=3),
+        RewardSpec(f"{file}:later", workers=1),
+        RewardSpec(f"{file}:threads", workers=1),
+    ]
+    with RewardRunner(specs, batch_size=1) as runner:
+        runner.score(pictures(3), [""] * 3)  # they start
+        scored = runner.score(pictures(6), [""] * 6)
+        assert runner.seconds["slow"] < 6 * 0.5 * 0.75
+    assert parts(scored, "later") == [1.0] * 6
+    assert parts(scored, "threads") == [1.0] * 6
+
+
+def test_a_reward_that_loads_in_this_process_alone_says_so(tmp_path):
+    path = tmp_path / "here.py"
+    path.write_text(
+        f"import os\nif os.getpid() != {os.getpid()}:\n    raise OSError('no GPU left')\n"
+        "def f(images): return [1.0] * len(images)\n"
+    )
+    with RewardRunner([RewardSpec(f"{path}:f", workers=1)]) as runner:
+        [one] = runner.score(pictures(1), [""])
+    assert "no GPU left" in one.reasons["f"]
+
+
+def test_a_function_of_the_running_script_is_refused():
+    def mine(images):
+        return []
+
+    mine.__module__ = "__main__"
+    reward(name="w_mine")(mine)
+    with pytest.raises(RewardError, match="worker process cannot import"):
+        RewardRunner([RewardSpec("w_mine", workers=1)])
+
+
+def test_interrupting_the_run_leaves_its_processes_alone(file):
+    with RewardRunner([RewardSpec(f"{file}:odd", workers=1)]) as runner:
+        pid = runner.score(pictures(1), [""])[0].details["odd"]["pid"]
+        os.kill(pid, signal.SIGINT)
+        time.sleep(0.2)
+        again = runner.score(pictures(1), [""])[0]
+        assert again.details["odd"]["pid"] == pid
+
+
+# --- a reward that is down ------------------------------------------------------------------------
+
+
+def test_a_reward_that_is_down_is_only_probed_until_it_is_back():
+    calls, down = [], [True]
+
+    @reward(name="w_judge")
+    def judge(images):
+        calls.append(len(images))
+        if down[0]:
+            raise ConnectionError("nobody there")
+        return [0.5] * len(images)
+
+    with RewardRunner([RewardSpec("w_judge")], batch_size=8) as runner:
+        for _ in range(3):
+            runner.score(pictures(8), [""] * 8)
+        assert calls == [8, *[1] * 8] * 3
+        calls.clear()
+        scored = runner.score(pictures(8), [""] * 8)
+        assert calls == [1, 1, 1]
+        assert parts(scored, "w_judge") == [None] * 8
+        assert "only tried on 3 pictures" in scored[7].reasons["w_judge"]
+        assert "nobody there" in scored[7].reasons["w_judge"]
+        calls.clear()
+        down[0] = False
+        assert parts(runner.score(pictures(8), [""] * 8), "w_judge") == [0.5] * 8
+        assert calls == [1, 1, 1, 5]
+        calls.clear()
+        runner.score(pictures(8), [""] * 8)
+        assert calls == [8]
+
+
+def test_bad_pictures_in_a_row_do_not_stop_a_reward():
+    @reward(name="w_picky")
+    def picky(images):
+        if any(image.getpixel((0, 0))[0] < 30 for image in images):
+            raise ValueError("too dark")
+        return [1.0] * len(images)
+
+    with RewardRunner([RewardSpec("w_picky")], batch_size=8) as runner:
+        for _ in range(5):
+            assert (
+                parts(runner.score(pictures(40), [""] * 40), "w_picky") == [None] * 30 + [1.0] * 10
+            )
+
+
+# --- the cache ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def counting():
+    calls = []
+
+    @reward(name="w_count")
+    def count(images, prompts, tag=None, scale=1.0):
+        calls.append(len(images))
+        return [
+            Score(None, "not this one") if p == "none" else Score(i.width * scale, p, {"t": p})
+            for i, p in zip(images, prompts, strict=True)
+        ]
+
+    return calls
+
+
+def test_equal_pictures_are_scored_once_and_remembered(counting):
+    images = [Image.new("RGB", (8, 8), color) for color in ("red", "red", "blue", "red")]
+    prompts = ["a", "a", "a", "b"]
+    cache = ScoreCache()
+    with RewardRunner([RewardSpec("w_count")], cache=cache) as runner:
+        first = runner.score(images, prompts)
+        assert counting == [3]
+        again = runner.score(images[::-1], prompts[::-1])
+        assert counting == [3]
+        assert again == first[::-1]
+        assert first[3].details == {"w_count": {"t": "b"}}
+
+
+@pytest.mark.parametrize("change", ["size", "mode", "pixel", "prompt", "column", "args"])
+def test_whatever_the_reward_sees_is_part_of_the_key(counting, change):
+    cache = ScoreCache()
+    image = Image.new("RGB", (8, 8))
+    with RewardRunner([RewardSpec("w_count")], cache=cache) as runner:
+        runner.score([image], ["a"], {"tag": [{"x": 1}], "unseen": [1]})
+        runner.score([image], ["a"], {"tag": [{"x": 1}], "unseen": [2]})
+        assert counting == [1]
+    other = image.copy()
+    other.putpixel((3, 3), (0, 0, 1))
+    images = {"size": Image.new("RGB", (4, 16)), "mode": image.convert("RGBA"), "pixel": other}
+    args = {"scale": 2.0} if change == "args" else {}
+    with RewardRunner([RewardSpec("w_count", args=args)], cache=cache) as runner:
+        runner.score(
+            [images.get(change, image)],
+            ["b" if change == "prompt" else "a"],
+            {"tag": [{"x": 2 if change == "column" else 1}]},
+        )
+    assert counting == [1, 1]
+
+
+def test_failures_and_whole_batches_are_not_remembered(counting):
+    with RewardRunner([RewardSpec("w_count")], cache=ScoreCache()) as runner:
+        for _ in range(2):
+            runner.score(pictures(1), ["none"])
+    assert counting == [1, 1]
+    calls = []
+
+    @reward(name="w_whole", whole_batch=True)
+    def whole(images):
+        calls.append(len(images))
+        return [1.0] * len(images)
+
+    with RewardRunner([RewardSpec("w_whole")], cache=ScoreCache()) as runner:
+        for _ in range(2):
+            runner.score(pictures(1) * 3, [""] * 3)
+    assert calls == [3, 3]
+
+
+def test_a_cache_on_disk_lasts_and_notices_an_edit(tmp_path):
+    path = tmp_path / "mine.py"
+
+    def scores(code):
+        path.write_text(
+            f"def f(images):\n    open({str(log)!r}, 'a').write('x')\n    return {code}\n"
+        )
+        cache = ScoreCache(tmp_path / "cache.sqlite")
+        with RewardRunner([RewardSpec(f"{path}:f")], cache=cache) as runner:
+            result = parts(runner.score(pictures(1), [""]), "f")
+        cache.close()
+        return result
+
+    log = tmp_path / "log"
+    assert [scores("[1.0]"), scores("[1.0]"), scores("[2.0]")] == [[1.0], [1.0], [2.0]]
+    assert log.read_text() == "xx"
+
+
+def test_a_cache_that_is_something_else_is_refused(tmp_path):
+    file = tmp_path / "scores.jsonl"
+    file.write_text(json.dumps({"x": 1}) * 500)
+    with pytest.raises(RewardError, match=r"scores\.jsonl is not a score cache"):
+        ScoreCache(file)
