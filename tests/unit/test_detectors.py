@@ -72,7 +72,7 @@ def test_results_are_read_as_mmdet_does():
     assert len(got) == 100
     for item, (label, score, box, mask) in zip(got, expected, strict=True):
         assert item.label == label
-        assert item.score == pytest.approx(score, rel=1e-9)
+        assert item.score == pytest.approx(score, rel=1e-6)
         assert item.box_xyxy == box
         if score > 0.1:
             assert np.array_equal(item.mask, mask)
@@ -348,3 +348,134 @@ def test_boxes_of_one_object_are_merged_and_others_kept():
     kept = _one_box_an_object(found)
     assert sorted(item.score for item in kept) == [0.3, 0.4, 0.9]
     assert _one_box_an_object([]) == []
+
+
+WORDS = ("person", "tv remote", "fire hydrant")
+
+
+def byte_level_clip_tokenizer(folder):
+    """A CLIP tokenizer whose words are single bytes."""
+    from transformers import CLIPTokenizer
+
+    table = "".join(map(chr, range(33, 127)))
+    vocabulary = {c: i for i, c in enumerate([*table, *(f"{c}</w>" for c in table)])}
+    vocabulary |= {"<|startoftext|>": len(vocabulary), "<|endoftext|>": len(vocabulary) + 1}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    return CLIPTokenizer(
+        str(folder / "vocab.json"), str(folder / "merges.txt"), pad_token="<|endoftext|>"
+    )
+
+
+@pytest.fixture(scope="module")
+def owlv2(tmp_path_factory):
+    from transformers import Owlv2Config, Owlv2ForObjectDetection, Owlv2Processor
+    from transformers.models.owlv2 import Owlv2ImageProcessor
+
+    folder = tmp_path_factory.mktemp("owlv2")
+    tokenizer = byte_level_clip_tokenizer(folder)
+    config = Owlv2Config(
+        text_config={
+            "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 32,
+            "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 48,
+            "bos_token_id": len(tokenizer) - 2, "eos_token_id": len(tokenizer) - 1,
+        },
+        vision_config={
+            "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
+            "num_attention_heads": 2, "image_size": 64, "patch_size": 16,
+        },
+        projection_dim=32,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    Owlv2ForObjectDetection(config).save_pretrained(folder)
+    tokenizer.model_max_length = 48
+    Owlv2Processor(small_processor(Owlv2ImageProcessor), tokenizer).save_pretrained(folder)
+    return folder
+
+
+def test_owlv2_looks_for_the_words_it_is_given(owlv2):
+    detector = load_detector("owlv2", {"weights": str(owlv2), "classes": WORDS})
+    both = detector.detect([PHOTO, Image.new("RGB", (30, 50), "white")])
+    for found, (width, height) in zip(both, ((80, 60), (30, 50)), strict=True):
+        assert 1 <= len(found) <= 16  # 4 x 4 patches, overlapping ones merged
+        assert {item.label for item in found} <= set(WORDS)
+        for item in found:
+            x0, y0, x1, y1 = item.box_xyxy
+            assert 0 <= item.score <= 1
+            assert 0 <= x0 <= x1 <= width
+            assert 0 <= y0 <= y1 <= height
+
+
+@pytest.fixture(scope="module")
+def grounding_dino(tmp_path_factory):
+    from transformers import (
+        BertConfig,
+        BertTokenizerFast,
+        GroundingDinoConfig,
+        GroundingDinoForObjectDetection,
+        GroundingDinoImageProcessor,
+        GroundingDinoProcessor,
+        SwinConfig,
+    )
+
+    folder = tmp_path_factory.mktemp("grounding_dino")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", ".", "?", "person", "tv", "rem", "##ote", "fire"]
+    (folder / "vocab.txt").write_text("\n".join([*words, "hydra", "##nt"]))
+    tokenizer = BertTokenizerFast(str(folder / "vocab.txt"))
+    config = GroundingDinoConfig(
+        backbone_config=SwinConfig(
+            embed_dim=16, depths=[1, 1, 1, 1], num_heads=[1, 2, 4, 8], window_size=4,
+            out_features=["stage2", "stage3", "stage4"],
+        ),
+        text_config=BertConfig(
+            vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1,
+            num_attention_heads=2, intermediate_size=32,
+        ),
+        d_model=32, encoder_layers=1, decoder_layers=2, encoder_ffn_dim=32, decoder_ffn_dim=32,
+        encoder_attention_heads=2, decoder_attention_heads=2, num_queries=15, max_text_len=32,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    GroundingDinoForObjectDetection(config).save_pretrained(folder)
+    images = GroundingDinoImageProcessor(size={"height": 256, "width": 256})
+    GroundingDinoProcessor(images, tokenizer).save_pretrained(folder)
+    return folder
+
+
+def test_grounding_dino_scores_a_class_by_the_mean_of_its_tokens(grounding_dino):
+    detector = load_detector("grounding_dino", {"weights": str(grounding_dino), "classes": WORDS})
+    # [CLS] person . tv rem ##ote . fire hydra ##nt . [SEP]
+    expected = torch.zeros(32, 3)
+    expected[1, 0] = 1
+    expected[[3, 4, 5], 1] = 1 / 3
+    expected[[7, 8, 9], 2] = 1 / 3
+    assert torch.allclose(detector._tokens, expected)
+
+
+def test_grounding_dino_detects(grounding_dino):
+    from transformers import GroundingDinoForObjectDetection, GroundingDinoProcessor
+
+    detector = load_detector("grounding_dino", {"weights": str(grounding_dino), "classes": WORDS})
+    [found] = detector.detect([PHOTO])
+    assert 1 <= len(found) <= 15
+    # The best object, computed by hand from the network's own output.
+    network = GroundingDinoForObjectDetection.from_pretrained(grounding_dino).eval()
+    processor = GroundingDinoProcessor.from_pretrained(grounding_dino)
+    inputs = processor(images=PHOTO, text="person. tv remote. fire hydrant.", return_tensors="pt")
+    with torch.inference_mode():
+        output = network(**inputs)
+    token = output.logits[0].sigmoid()
+    scores = torch.stack([token[:, 1], token[:, 3:6].mean(1), token[:, 7:10].mean(1)], dim=1)
+    query, label = divmod(int(scores.argmax()), 3)
+    best = max(found, key=lambda item: item.score)
+    assert best.label == WORDS[label]
+    assert best.score == pytest.approx(float(scores.max()), rel=1e-5)
+    x, y, width, height = output.pred_boxes[0, query].tolist()
+    assert best.box_xyxy[0] == pytest.approx(max(0, (x - width / 2) * 80), abs=1e-3)
+    assert best.box_xyxy[3] == pytest.approx(min(60, (y + height / 2) * 60), abs=1e-3)
+
+
+def test_more_classes_than_grounding_dino_can_read_are_refused(grounding_dino):
+    with pytest.raises(RewardError, match="tokens, 32 fit"):
+        load_detector(
+            "grounding_dino", {"weights": str(grounding_dino), "classes": ["person"] * 20}
+        )
