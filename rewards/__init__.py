@@ -13,4 +13,4 @@ from rewards.plugins import list_rewards, load_reward, reward
 __all__ = ["RewardFunction", "Score", "list_rewards", "load_reward", "reward"]
 
 # Their `reward` decorators register them; each is cheap to import.
-from rewards import consistency  # noqa: F401  (registers itself)
+from rewards import consistency, preference, vlm_judge  # noqa: F401
