@@ -1,18 +1,24 @@
-"""What a detector returns and what every detector must offer."""
+"""What a detector returns, what every detector must offer, and how one is found by name."""
 
-from collections.abc import Sequence
+import inspect
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
 
 from common.errors import RewardError
-from common.registry import Registry
+from common.registry import Registry, nearest
 
 DETECTORS = Registry("detector", group="atelier.detectors", error=RewardError)
 DETECTORS.add("scenes", "rewards.scene_detector:SceneDetector")
+DETECTORS.add("mask2former", "rewards.detectors.mask2former:Mask2Former")
+DETECTORS.add("rt_detr", "rewards.detectors.transformers_boxes:RtDetr")
+DETECTORS.add("grounding_dino", "rewards.detectors.transformers_boxes:GroundingDino")
+DETECTORS.add("owlv2", "rewards.detectors.transformers_boxes:Owlv2")
 
 
 @dataclass(frozen=True)
@@ -39,8 +45,28 @@ class Detector(Protocol):
         """Return one colour name for each detection."""
 
 
+def load_detector(name: str, args: Mapping[str, Any] | None = None) -> Detector:
+    """Return the detector called `name`, made with `args` on first use and kept.
+
+    Raises RewardError for an unknown name, an argument it lacks or one that is missing.
+    """
+    return _made(name, json.dumps(dict(args or {}), sort_keys=True))
+
+
 @cache
-def load_detector(name: str) -> Detector:
-    """Return the detector called `name`, made on first use and kept; RewardError if unknown."""
-    detector: Detector = DETECTORS.get(name)()
+def _made(name: str, args_json: str) -> Detector:
+    make = DETECTORS.get(name)
+    args = json.loads(args_json)
+    known = inspect.signature(make).parameters
+    for key in args:
+        if key not in known:
+            close = nearest(key, known)
+            fix = f"Did you mean `{close}`?" if close else f"It takes: {', '.join(known) or '-'}."
+            raise RewardError(f"detector `{name}` has no argument `{key}`. {fix}")
+    for key, parameter in known.items():
+        if parameter.default is parameter.empty and key not in args:
+            raise RewardError(
+                f"detector `{name}` needs `{key}`. Fix: give it under `detector_args`."
+            )
+    detector: Detector = make(**args)
     return detector

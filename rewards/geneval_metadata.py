@@ -4,7 +4,7 @@ Class names, colours and metadata keys are those of the official repository (djg
 `evaluation/object_names.txt`, `evaluation/evaluate_images.py`, `prompts/create_prompts.py`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from common import scene_world
@@ -32,7 +32,23 @@ _OWN_VOCABULARY = {"scenes": (scene_world.CLASSES, tuple(scene_world.COLORS))}
 """Class and colour names of the detectors that do not use GenEval's."""
 
 
-def check_metadata(record: Mapping[str, Any], detector: str = "scenes") -> None:
+def vocabulary(
+    detector: Any, detector_args: Mapping[str, Any] | None = None
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the (class names, colour names) of a detector named as in a recipe.
+
+    Detectors that look for any words take the classes they are given under `detector_args`.
+    """
+    own = _OWN_VOCABULARY.get(detector) if isinstance(detector, str) else None
+    classes, colors = own or (CLASSES, COLORS)
+    return tuple((detector_args or {}).get("classes", classes)), colors
+
+
+def check_metadata(
+    record: Mapping[str, Any],
+    detector: str = "scenes",
+    detector_args: Mapping[str, Any] | None = None,
+) -> None:
     """Raise RewardError if GenEval's rules cannot score this prompt record with that detector.
 
     `record` has the keys prompt, metadata and perhaps prompt_id. The message names the record, the
@@ -40,14 +56,13 @@ def check_metadata(record: Mapping[str, Any], detector: str = "scenes") -> None:
     relation; counts are positive integers; `position` points to an earlier clause.
     """
     metadata = record.get("metadata")
-    name = record.get("prompt_id") or record.get("prompt") or metadata
-    where = f"prompt record `{name}`"
+    where = f"prompt record `{record.get('prompt_id') or record.get('prompt') or metadata}`"
     if not isinstance(metadata, Mapping):
         raise RewardError(
             f"{where}: no metadata. Fix: give it a `metadata` object in GenEval's format, with "
             "`tag` and `include`."
         )
-    check_clauses(metadata, where, *_OWN_VOCABULARY.get(detector, (CLASSES, COLORS)))
+    check_clauses(metadata, where, *vocabulary(detector, detector_args))
 
 
 def check_clauses(
@@ -77,13 +92,14 @@ def check_clauses(
     for key, clauses in (("include", include), ("exclude", exclude)):
         for index, clause in enumerate(clauses):
             place = f"{where}: metadata.{key}[{index}]"
-            _check_clause(clause, place, classes)
+            check_clause(clause, place, classes)
             if key == "include":
-                _check_color(clause, place, colors)
+                check_color(clause, place, colors)
                 _check_position(clause, place, index)
 
 
-def _check_clause(clause: Any, place: str, classes: tuple[str, ...] | None) -> None:
+def check_clause(clause: Any, place: str, classes: Sequence[str] | None) -> None:
+    """Raise RewardError unless `clause` is {"class": a known name, "count": 1 or more}."""
     if not isinstance(clause, Mapping):
         raise RewardError(f'{place} is not an object. Fix: write {{"class": ..., "count": ...}}.')
     label, count = clause.get("class"), clause.get("count")
@@ -95,7 +111,8 @@ def _check_clause(clause: Any, place: str, classes: tuple[str, ...] | None) -> N
         raise RewardError(f"{place}.count is {count!r}. Fix: write an integer of 1 or more.")
 
 
-def _check_color(clause: Mapping[str, Any], place: str, colors: tuple[str, ...] | None) -> None:
+def check_color(clause: Mapping[str, Any], place: str, colors: Sequence[str] | None) -> None:
+    """Raise RewardError if the clause names a colour that is not known."""
     color = clause.get("color")
     if "color" not in clause:
         return
@@ -122,7 +139,7 @@ def _check_position(clause: Mapping[str, Any], place: str, index: int) -> None:
         )
 
 
-def _unknown(kind: str, name: str, known: tuple[str, ...]) -> str:
+def _unknown(kind: str, name: str, known: Sequence[str]) -> str:
     close = nearest(name, known)
     fix = f"Did you mean `{close}`?" if close else f"Fix: use one of {', '.join(known)}."
     return f"the {kind} `{name}` is unknown to this detector. {fix}"

@@ -7,7 +7,7 @@ the GenEval reward server used by flow_grpo for the soft score.
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -21,7 +21,6 @@ POSITION_MARGIN = 0.1
 DIRECTION = 0.5
 _NO_OFFSET = 1e-3
 
-Compat = Literal["flow_grpo"] | None
 ClassifyColors = Callable[[Sequence[Detection]], list[str]]
 
 
@@ -41,7 +40,6 @@ def evaluate_detections(
     metadata: Mapping[str, Any],
     detections: Sequence[Detection],
     classify_colors: ClassifyColors,
-    compat: Compat = None,
 ) -> GenEvalResult:
     """Judge the raw detections of one picture, of any score and in any order.
 
@@ -52,17 +50,26 @@ def evaluate_detections(
     and no `exclude` clause does. `soft`: the mean over the clauses' parts, which are
     1 - |asked - found| / asked for the number, the same for the colour, and 1 or 0 for the
     position; colour and position are 0 when the number is wrong.
-
-    `compat="flow_grpo"` returns the reward server's numbers instead: `correct` is its strict score
-    (exactly `count` objects, `exclude` not looked at), and a wrong position counts as a 0 and a 1,
-    which raises the mean.
     """
     objects = keep_detections(metadata, detections)
     colors = _ColorMemo(classify_colors)
-    strict, strict_reasons, soft = _evaluate_soft(metadata, objects, colors, compat)
-    if compat == "flow_grpo":
-        return GenEvalResult(strict, "\n".join(strict_reasons), soft)
+    _, soft = _evaluate_soft(metadata, objects, colors, quirk=False)
     reasons = _official_failures(metadata, objects, colors)
+    return GenEvalResult(not reasons, "\n".join(reasons), soft)
+
+
+def evaluate_like_flow_grpo(
+    metadata: Mapping[str, Any],
+    detections: Sequence[Detection],
+    classify_colors: ClassifyColors,
+) -> GenEvalResult:
+    """Judge as `evaluate_detections` does, but return the numbers of flow_grpo's reward server.
+
+    `correct` is its strict score (exactly `count` objects, `exclude` not looked at). In `soft` a
+    wrong position counts as a 0 and a 1, which raises the mean.
+    """
+    objects = keep_detections(metadata, detections)
+    reasons, soft = _evaluate_soft(metadata, objects, _ColorMemo(classify_colors), quirk=True)
     return GenEvalResult(not reasons, "\n".join(reasons), soft)
 
 
@@ -170,9 +177,9 @@ def _evaluate_soft(
     metadata: Mapping[str, Any],
     objects: Mapping[str, list[Detection]],
     colors: ClassifyColors,
-    compat: Compat,
-) -> tuple[bool, list[str], float]:
-    """Return the server's strict verdict, its reasons and the soft score."""
+    quirk: bool,
+) -> tuple[list[str], float]:
+    """Return why the server's strict score is 0 (nothing if it is 1), and the soft score."""
     parts: list[float] = []
     reasons: list[str] = []
     groups: list[list[Detection] | None] = []
@@ -195,12 +202,12 @@ def _evaluate_soft(
                 failure = _position_failure(clause, found, groups)
                 target_found = groups[clause["position"][1]] is not None
                 parts.append(0.0 if failure else 1.0)
-                if compat == "flow_grpo" and failure and target_found:
+                if quirk and failure and target_found:
                     parts.append(1.0)
         if failure is not None:
             reasons.append(failure)
         groups.append(found if failure is None else None)
-    return not reasons, reasons, sum(parts) / len(parts)
+    return reasons, sum(parts) / len(parts)
 
 
 def _color_failure(clause: Mapping[str, Any], got: Sequence[str]) -> str:

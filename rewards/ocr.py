@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 Box = Sequence[float]
 Line = dict[str, Any]
 
-_QUOTED = re.compile(r'"([^"]*)"|“([^”]*)”|「([^」]*)」')
+_QUOTED = re.compile(r'"([^"]*)"|“([^”]*)”|「([^」]*)」|『([^』]*)』')
 _LINE_HEIGHT = 48
 _LINE_WIDTH = 144
 """Recogniser's input in pixels. Longer lines widen it; RapidOCR's own 320 is slow for a word."""
@@ -95,14 +95,14 @@ def ocr(
 
 
 def quoted_strings(prompt: str) -> list[str]:
-    """Return what stands between quotation marks ("", “”, 「」), in order."""
+    """Return what stands between quotation marks ("", “”, 「」, 『』), in order."""
     return ["".join(groups) for groups in _QUOTED.findall(prompt)]
 
 
 def normalise(text: str, ignore_case: bool = True, ignore_spaces: bool = True) -> str:
     """Return the text without its spaces and capitals, as the options say."""
     if ignore_spaces:
-        text = text.replace(" ", "")
+        text = "".join(text.split())  # the ideographic space too
     return text.lower() if ignore_case else text
 
 
@@ -194,12 +194,29 @@ def _read_lines(
 
 
 def _read_page(array: np.ndarray, min_confidence: float, threads: int) -> list[Line]:
-    """Find the lines of text in a picture and recognise them, top to bottom, left to right."""
+    """Find the pieces of text in a picture and recognise them, in reading order."""
     with _ENGINE_LOCK:
         result = _engine(threads)(array)
     if result.boxes is None or result.txts is None:
         return []
-    return _kept(zip(result.txts, result.scores, result.boxes, strict=True), min_confidence)
+    found = zip(result.txts, result.scores, result.boxes, strict=True)
+    return reading_order(_kept(found, min_confidence))
+
+
+def reading_order(lines: Sequence[Line]) -> list[Line]:
+    """Return pieces of text from top to bottom, those side by side from left to right.
+
+    Two pieces are side by side if the middle of one lies within the height of the other. (RapidOCR
+    compares upper edges with a fixed 10 pixels, which a tilted line or a large font exceeds.)
+    """
+    rows: list[list[Line]] = []
+    for line in sorted(lines, key=lambda line: line["box"][1] + line["box"][3]):
+        middle = (line["box"][1] + line["box"][3]) / 2
+        if rows and any(item["box"][1] <= middle <= item["box"][3] for item in rows[-1]):
+            rows[-1].append(line)
+        else:
+            rows.append([line])
+    return [line for row in rows for line in sorted(row, key=lambda line: line["box"][0])]
 
 
 def _kept(found: Any, min_confidence: float) -> list[Line]:

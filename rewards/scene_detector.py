@@ -42,7 +42,8 @@ class SceneDetector:
 
     The score grows linearly from 0 at an overlap (intersection over union with the ideal
     outline) of 0.4 to 1 at 0.8, so GenEval's thresholds 0.3 and 0.9 mean overlaps of 0.52
-    and 0.76. Pictures of another size are scaled first: boxes and masks are in 48 x 48 pixels.
+    and 0.76. Pictures of another size are scaled first; boxes are given in their own pixels, masks
+    stay 48 x 48.
     """
 
     name = "scenes"
@@ -66,6 +67,7 @@ class SceneDetector:
 def _detect_one(image: Image.Image) -> list[Detection]:
     colors = _pixel_colors(_pixels(image))
     detections: list[Detection] = []
+    scale_x, scale_y = image.width / IMAGE_SIZE, image.height / IMAGE_SIZE
     present = np.bincount(colors.ravel() + 1, minlength=len(_NAMES) + 1)[1:]
     for index in np.flatnonzero(present >= _MIN_PIXELS):
         count, areas, stats, _ = cv2.connectedComponentsWithStats(
@@ -83,7 +85,7 @@ def _detect_one(image: Image.Image) -> list[Detection]:
                     _SceneDetection(
                         label,
                         min(max(score, 0.0), 1.0),
-                        (x0, y0, x1, y1),
+                        (x0 * scale_x, y0 * scale_y, x1 * scale_x, y1 * scale_y),
                         mask,
                         _NAMES[index],
                         image,

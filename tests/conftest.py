@@ -32,6 +32,14 @@ def policy(policy_folder: Path) -> "Policy":
     return Policy.from_pretrained(policy_folder)
 
 
+@pytest.fixture(scope="session")
+def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A small CLIP with random weights: the arguments `model` and `weights` that load it."""
+    from tiny_networks import save_tiny_clip
+
+    return save_tiny_clip(tmp_path_factory.mktemp("clip"))
+
+
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """A run in which no test was executed (all of them skipped, say) has proved nothing."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")

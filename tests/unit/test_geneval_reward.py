@@ -96,6 +96,44 @@ def test_compat_changes_the_score():
     assert (ours.value, theirs.value) == (pytest.approx(2 / 3), pytest.approx(3 / 4))
 
 
+def test_compat_shows_the_mmdet_network_red_and_blue_exchanged_and_others_not():
+    class Looking(ToldDetector):
+        def detect(self, images):
+            self.seen = [image.getpixel((0, 0)) for image in images]
+            return super().detect(images)
+
+    picture = Image.new("RGB", (4, 4), (10, 20, 30))
+    for name, compat, seen in [
+        ("mask2former", "flow_grpo", (30, 20, 10)),
+        ("mask2former", None, (10, 20, 30)),
+        ("scenes", "flow_grpo", (10, 20, 30)),
+    ]:
+        detector = Looking([circle(0)])
+        detector.name = name
+        geneval([picture], [RED_CIRCLE], detector=detector, compat=compat)
+        assert detector.seen == [seen]
+    with pytest.raises(RewardError, match="compat"):
+        geneval([picture], [RED_CIRCLE], detector=detector, compat="flowgrpo")
+
+
+def test_boxes_are_in_the_pixels_of_the_picture_whatever_its_size():
+    from rewards.scene_detector import SceneDetector
+
+    small = Image.new("RGB", (48, 48), (226, 226, 220))
+    small.paste((214, 30, 36), (12, 20, 24, 32))
+    large = small.resize((96, 192), Image.Resampling.NEAREST)
+    [[one], [other]] = SceneDetector().detect([small, large])
+    assert one.box_xyxy == (12, 20, 24, 32)
+    assert other.box_xyxy == (24, 80, 48, 128)
+
+
+def test_detector_arguments_are_checked():
+    with pytest.raises(RewardError, match="no argument `wieghts`.*`weights`"):
+        load_detector("mask2former", {"wieghts": "x"})
+    with pytest.raises(RewardError, match="needs `weights`"):
+        load_detector("mask2former")
+
+
 def test_an_unknown_detector_names_the_nearest_one():
     with pytest.raises(RewardError, match="scenes"):
         load_detector("scene")
@@ -158,6 +196,10 @@ def test_the_vocabulary_is_the_detectors():
     with pytest.raises(RewardError, match="bench"):
         check_metadata(bench)
     check_metadata(bench, detector="mask2former")
+    robot = record(include=[{"class": "robot", "count": 1}])
+    with pytest.raises(RewardError, match="robot"):
+        check_metadata(robot, detector="owlv2")
+    check_metadata(robot, detector="owlv2", detector_args={"classes": ["robot", "tree"]})
 
 
 def test_the_class_names_are_the_official_ones():

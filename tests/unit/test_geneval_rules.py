@@ -1,13 +1,22 @@
 """GenEval's rules against an independent, plain reading of the specification, and by hand."""
 
+import hashlib
+import inspect
+import json
 import math
 import random
+from pathlib import Path
 
 import pytest
 
 from common.errors import RewardError
 from rewards.detector import Detection
-from rewards.geneval import evaluate_detections, extra_objects
+from rewards.geneval import (
+    check_metadata,
+    evaluate_detections,
+    evaluate_like_flow_grpo,
+    extra_objects,
+)
 
 LABELS = ["bench", "dog", "cup"]
 PALETTE = ["red", "blue", "white"]
@@ -166,7 +175,7 @@ def test_2000_generated_sets_agree_with_the_specification():
         assert bool(result.reason) == (not expected)
         _, soft = server(metadata, detections, color_of, quirk=False)
         assert result.soft == pytest.approx(soft, abs=1e-12), (number, metadata, detections)
-        same = evaluate_detections(metadata, detections, classify, compat="flow_grpo")
+        same = evaluate_like_flow_grpo(metadata, detections, classify)
         strict, quirky = server(metadata, detections, color_of, quirk=True)
         assert same.correct == strict, (number, metadata, detections)
         assert same.soft == pytest.approx(quirky, abs=1e-12), (number, metadata, detections)
@@ -176,6 +185,78 @@ def test_2000_generated_sets_agree_with_the_specification():
     # The comparison means nothing unless the generator reaches all of it.
     assert min(*verdicts.values(), *strict_verdicts.values()) > 400, (verdicts, strict_verdicts)
     assert quirks > 50
+
+
+OFFICIAL = Path(__file__).parents[2].parent / "shared" / "geneval"
+
+
+def test_the_553_official_prompts_are_accepted_and_judged_as_the_specification_says():
+    """Each official prompt with pictures that are right, and ones made wrong at random."""
+    if not OFFICIAL.exists():
+        pytest.skip("the official GenEval metadata is not beside this repository")
+    raw = (OFFICIAL / "evaluation_metadata.jsonl").read_bytes()
+    assert hashlib.sha256(raw).hexdigest() == (
+        "5c48e0813e812e3c373fa5c8ed07a8f0a483be30272b4427b0559c8048e67c13"
+    )
+    prompts = [json.loads(line) for line in raw.splitlines()]
+    assert len(prompts) == 553
+    names = (OFFICIAL / "object_names.txt").read_text().split("\n")
+    rng = random.Random(11)
+    verdicts = {}
+    for metadata in prompts:
+        check_metadata({"prompt": metadata["prompt"], "metadata": metadata}, "mask2former")
+        for _ in range(3):
+            detections = official_case(rng, metadata, names[:80])
+
+            def color_of(d):
+                return COLOR_OF[id(d)]
+
+            result = evaluate_detections(metadata, detections, classify)
+            expected = official(metadata, detections, color_of)
+            assert result.correct == expected, (metadata, detections)
+            _, soft = server(metadata, detections, color_of, quirk=False)
+            assert result.soft == pytest.approx(soft, abs=1e-12)
+            verdicts.setdefault(metadata["tag"], []).append(expected)
+    assert len(verdicts) == 6
+    for tag, seen in verdicts.items():
+        assert 0.15 < sum(seen) / len(seen) < 0.95, (tag, sum(seen) / len(seen))
+
+
+def official_case(rng, metadata, names):
+    """Detections that mostly satisfy the prompt: objects on a line, in the direction it asks for.
+
+    Boxes are 100 pixels wide and 60 apart at least, so that a relation holds if not spoilt.
+    """
+    steps = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
+    detections = []
+    for index, clause in enumerate(metadata["include"]):
+        x, y = 500.0, 500.0
+        if "position" in clause:
+            dx, dy = steps[clause["position"][0]]
+            far = rng.choice([260, 260, 260, 30, -260])
+            x, y = x + far * dx, y + far * dy
+        for n in range(clause["count"] + rng.choice([0, 0, 0, 0, 0, 1, -1])):
+            score = rng.uniform(0.91, 1) if rng.random() < 0.9 else rng.uniform(0, 0.9)
+            place = box(x + 7 * n, y + 3 * index, 100, 100)
+            detection = Detection(clause["class"], score, place)
+            right = rng.random() < 0.85
+            COLOR_OF[id(detection)] = clause.get("color", "red") if right else "brown"
+            detections.append(detection)
+    for _ in range(rng.choice([0, 1, 20])):
+        detection = Detection(rng.choice(names), rng.uniform(0, 0.3), box(1, 1))
+        COLOR_OF[id(detection)] = "white"
+        detections.append(detection)
+    ALIVE.extend(detections)
+    rng.shuffle(detections)
+    return detections
+
+
+def test_the_public_signature():
+    assert list(inspect.signature(evaluate_detections).parameters) == [
+        "metadata",
+        "detections",
+        "classify_colors",
+    ]
 
 
 # --- by hand ------------------------------------------------------------------------------------
@@ -276,7 +357,7 @@ def test_without_exclude_more_objects_than_asked_are_right_but_not_for_the_serve
     metadata = {"tag": "single_object", "include": [one("dog")]}
     dogs = [Detection("dog", 0.95, box(3 * i, 0)) for i in range(3)]
     assert evaluate_detections(metadata, dogs, no_color).correct
-    assert not evaluate_detections(metadata, dogs, no_color, compat="flow_grpo").correct
+    assert not evaluate_like_flow_grpo(metadata, dogs, no_color).correct
     assert evaluate_detections(metadata, dogs, no_color).soft == pytest.approx(1 - 2 / 1)
 
 
@@ -284,7 +365,7 @@ def test_the_server_does_not_look_at_exclude():
     metadata = {"tag": "two_object", "include": [one("dog")], "exclude": [one("cup")]}
     found = [Detection("dog", 0.9, box(0, 0)), Detection("cup", 0.9, box(5, 0))]
     assert not evaluate_detections(metadata, found, no_color).correct
-    assert evaluate_detections(metadata, found, no_color, compat="flow_grpo").correct
+    assert evaluate_like_flow_grpo(metadata, found, no_color).correct
 
 
 POSITION = {"tag": "position", "include": [one("bench"), one("dog", position=["left of", 0])]}
@@ -316,7 +397,7 @@ def test_position(dog, relation, correct):
     result = evaluate_detections(metadata, found, no_color)
     assert result.correct is correct
     assert result.soft == pytest.approx(1.0 if correct else 2 / 3)
-    quirky = evaluate_detections(metadata, found, no_color, compat="flow_grpo")
+    quirky = evaluate_like_flow_grpo(metadata, found, no_color)
     assert quirky.soft == pytest.approx(1.0 if correct else 3 / 4)
 
 
@@ -326,9 +407,8 @@ def test_position_with_the_target_missing():
     assert "no target for dog" in result.reason
     assert result.soft == pytest.approx((0 + 1 + 0) / 3)
     # Here the server has no quirk: it appends one 0.
-    quirky = evaluate_detections(
-        POSITION, [Detection("dog", 0.9, box(-5, 0))], no_color, compat="flow_grpo"
-    )
+    quirky = evaluate_like_flow_grpo(
+        POSITION, [Detection("dog", 0.9, box(-5, 0))], no_color)
     assert quirky.soft == pytest.approx(1 / 3)
 
 

@@ -1,0 +1,183 @@
+"""The reward for editing: was what was asked changed, and nothing else?"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from common.errors import RewardError
+from common.registry import nearest
+from rewards.contract import Score
+from rewards.detector import Detection, Detector, load_detector
+from rewards.edit_rules import check_edit, judge_edit
+from rewards.geneval_metadata import vocabulary
+from rewards.plugins import reward
+
+MEASURES = ("pixels", "ssim", "lpips", "clip", "dino")
+_MARGIN = 1 / 24
+"""By how much of the picture the box of a changed object is widened on every side."""
+
+
+def check_record(
+    record: Mapping[str, Any],
+    detector: str = "scenes",
+    detector_args: Mapping[str, Any] | None = None,
+) -> None:
+    """Raise RewardError, naming the record, unless it has a source and describes an edit."""
+    check_edit(record, *vocabulary(detector, detector_args))
+    source = record["source"]
+    if isinstance(source, str) and not Path(source).is_file():
+        name = record.get("prompt_id") or record.get("prompt")
+        raise RewardError(
+            f"prompt record `{name}`: source: no file {source}. Fix: give the path of the picture "
+            "to edit, in full or relative to the working directory."
+        )
+
+
+@reward(name="consistency", check=check_record)
+def consistency(
+    images: Sequence[Image.Image],
+    source: Sequence[Image.Image | str],
+    metadata: Sequence[Mapping[str, Any]],
+    detector: str | Detector = "scenes",
+    detector_args: Mapping[str, Any] | None = None,
+    min_score: float = 0.3,
+    measures: Sequence[str] = ("pixels", "ssim"),
+    networks: Mapping[str, Mapping[str, Any]] | None = None,
+) -> list[Score]:
+    """Return success * kept for each edited picture, in [0, 1].
+
+    `success` is how far the objects that changed are those that `metadata` asked to change
+    (`rewards.edit_rules`), so a copy of the source scores 0. `kept` is how well the rest was left
+    alone: the lowest of the `measures`, taken outside the edited region, so a destroyed
+    background scores near 0. The region is `metadata["region"]` in fractions of the picture,
+    or else the boxes of the changes that were asked for and made.
+
+    `source` holds the pictures before the edit, or their paths; an edited picture of another size
+    is scaled to its source's. Detections of at least `min_score` count.
+
+    Measures, 1 for equal pictures: `pixels` (share of pixels that changed by no more than 20 of
+    255), `ssim`, `lpips` (1 - distance), `clip` and `dino` (cosine of the features). The last three
+    need `networks`, for example {"clip": {"model": "ViT-L-14-quickgelu", "weights": "..."},
+    "dino": {"weights": "facebook/dinov2-base", "revision": "..."},
+    "lpips": {"weights": "alexnet.pth"}}; see `rewards.networks.similarity`.
+
+    Details: success, kept, outside and whole (each measure outside the region and over the whole
+    picture), region (boxes in pixels), not_comparable, objects and size.
+    """
+    judge = load_detector(detector, detector_args) if isinstance(detector, str) else detector
+    compare = _comparisons(measures, networks or {})
+    pairs = [_pair(*both) for both in zip(images, source, strict=True)]
+    found = judge.detect([picture for pair in pairs for picture in pair])
+    scores = []
+    for index, ((before, after), asked) in enumerate(zip(pairs, metadata, strict=True)):
+        try:
+            check_edit({"prompt": "of this picture", "metadata": asked}, None, None)
+        except RewardError as error:
+            scores.append(Score(None, str(error)))
+            continue
+        seen = [
+            _with_colors(judge, picture, [d for d in objects if d.score >= min_score], asked)
+            for picture, objects in ((before, found[2 * index]), (after, found[2 * index + 1]))
+        ]
+        result = judge_edit(asked, *seen)
+        boxes = _region(asked, result.boxes, before.size)
+        edited = _mask(boxes, before.size)
+        restored = Image.composite(before, after, Image.fromarray(edited))
+        # What lies in the region is equal in both, so it cannot blur into what lies beside it.
+        outside = {name: f(before, restored, ~edited) for name, f in compare.items()}
+        whole = {name: f(before, after, np.ones_like(edited)) for name, f in compare.items()}
+        kept = min(outside.values())
+        details = {
+            "success": result.success,
+            "kept": kept,
+            "outside": outside,
+            "whole": whole,
+            "region": [list(box) for box in boxes],
+            "detector": judge.name,
+            "not_comparable": judge.leaderboard_comparable,
+            "objects": [
+                {"label": item.label, "color": color, "score": round(float(item.score), 4),
+                 "box": [round(float(edge), 2) for edge in item.box_xyxy]}
+                for item, color in seen[1]
+            ],
+            "size": list(before.size),
+        }  # fmt: skip
+        worst = min(outside, key=outside.__getitem__)
+        reason = "\n".join(filter(None, [result.reason, f"kept {kept:.2f} by {worst}"]))
+        scores.append(Score(result.success * kept, reason, details))
+    return scores
+
+
+Compare = Callable[[Image.Image, Image.Image, np.ndarray], float]
+
+
+def _comparisons(
+    measures: Sequence[str], networks: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Compare]:
+    """Return one function (source, edited, where to look) -> similarity for each measure."""
+    if not measures:
+        raise RewardError("reward `consistency`: measures is empty. Fix: name at least one.")
+    for name in [*measures, *networks]:
+        if name not in MEASURES:
+            close = nearest(name, MEASURES)
+            fix = f"Did you mean `{close}`?" if close else f"Known: {', '.join(MEASURES)}."
+            raise RewardError(f"reward `consistency`: no measure is called `{name}`. {fix}")
+    if set(measures) == {"pixels"}:
+        return {"pixels": _equal_pixels}
+    from rewards.networks import similarity
+
+    return {
+        name: _equal_pixels if name == "pixels" else similarity.load(name, networks.get(name))
+        for name in measures
+    }
+
+
+def _equal_pixels(before: Image.Image, after: Image.Image, where: np.ndarray) -> float:
+    if not where.any():
+        return 1.0
+    change = np.abs(np.asarray(before, np.int16) - np.asarray(after, np.int16)).max(axis=2)
+    return float((change <= 20)[where].mean())
+
+
+def _pair(
+    image: Image.Image, source: Image.Image | str
+) -> tuple[Image.Image, Image.Image]:
+    before = Image.open(source) if isinstance(source, str) else source
+    before = ImageOps.exif_transpose(before).convert("RGB")
+    after = image.convert("RGB")
+    return before, after if after.size == before.size else after.resize(before.size)
+
+
+def _with_colors(
+    judge: Detector, picture: Image.Image, found: list[Detection], asked: Mapping[str, Any]
+) -> list[tuple[Detection, str | None]]:
+    named = any("color" in c for name in ("add", "remove") for c in asked.get(name, []))
+    colors: list[str] | list[None] = (
+        judge.classify_colors(picture, found) if named and found else [None] * len(found)
+    )
+    return list(zip(found, colors, strict=True))
+
+
+def _region(
+    asked: Mapping[str, Any],
+    boxes: Sequence[tuple[float, float, float, float]],
+    size: tuple[int, int],
+) -> list[tuple[float, float, float, float]]:
+    width, height = size
+    if "region" in asked:
+        x0, y0, x1, y1 = asked["region"]
+        return [(x0 * width, y0 * height, x1 * width, y1 * height)]
+    dx, dy = _MARGIN * width, _MARGIN * height
+    return [(x0 - dx, y0 - dy, x1 + dx, y1 + dy) for x0, y0, x1, y1 in boxes]
+
+
+def _mask(
+    boxes: Sequence[tuple[float, float, float, float]], size: tuple[int, int]
+) -> np.ndarray:
+    mask = np.zeros((size[1], size[0]), bool)
+    for x0, y0, x1, y1 in boxes:
+        mask[max(0, round(y0)) : max(0, round(y1)), max(0, round(x0)) : max(0, round(x1))] = True
+    return mask

@@ -1,0 +1,1 @@
+"""Object detectors for photographs, each behind `rewards.detector.Detector`."""

@@ -1,0 +1,174 @@
+"""Asking a vision-language model behind an OpenAI-compatible endpoint, with answers as JSON.
+
+Answers are cached on disk, failed requests are repeated, what was spent is counted.
+"""
+
+import asyncio
+import base64
+import hashlib
+import io
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from common.atomic import write_text
+from common.errors import RewardError
+
+if TYPE_CHECKING:
+    from openai import AsyncOpenAI
+
+
+@dataclass
+class Cost:
+    """What a judge has used up in this process: requests, tokens, US dollars, answers reused."""
+
+    requests: int = 0
+    input_tokens: int = 0
+    output_tokens: int = 0
+    usd: float = 0.0
+    from_cache: int = 0
+
+
+class JudgeFailure(Exception):
+    """One question got no usable answer; the message says why."""
+
+
+@dataclass
+class Judge:
+    """One model at one address.
+
+    `base_url` ends in /v1. `api_key_env` names the environment variable that holds the key (None:
+    the server wants none). A request that fails for a passing reason (429, 5xx, no connection) is
+    repeated `retries` times with growing pauses, one whose answer is no JSON object as often
+    without. At most `concurrency` requests are under way. `cache` is a folder.
+    `usd_per_million` is the price of (input, output) tokens; once `budget_usd` is spent, nothing
+    more is asked.
+    """
+
+    base_url: str
+    model: str
+    api_key_env: str | None = None
+    temperature: float = 0.0
+    max_tokens: int = 512
+    retries: int = 3
+    timeout_s: float = 60.0
+    concurrency: int = 8
+    cache: str | None = None
+    usd_per_million: tuple[float, float] = (0.0, 0.0)
+    budget_usd: float | None = None
+    cost: Cost = field(default_factory=Cost)
+
+    async def ask(
+        self, questions: Sequence[tuple[str, Sequence[Image.Image]]]
+    ) -> list[dict[str, Any] | JudgeFailure]:
+        """Ask all questions, each a text with its pictures; return the JSON objects answered.
+
+        A question that could not be answered gets a JudgeFailure in its place. Raises RewardError
+        if the key is missing.
+        """
+        from openai import AsyncOpenAI
+
+        limit = asyncio.Semaphore(self.concurrency)
+
+        async def one(text: str, images: Sequence[Image.Image]) -> dict[str, Any] | JudgeFailure:
+            async with limit:
+                try:
+                    return await self._answer(client, text, [_data_url(x) for x in images])
+                except JudgeFailure as failure:
+                    return failure
+
+        # A client of its own for each call: one belongs to the event loop it was made in.
+        async with AsyncOpenAI(
+            base_url=self.base_url,
+            api_key=self._key(),
+            max_retries=self.retries,
+            timeout=self.timeout_s,
+        ) as client:
+            return list(await asyncio.gather(*(one(*question) for question in questions)))
+
+    async def _answer(
+        self, client: "AsyncOpenAI", text: str, pictures: Sequence[str]
+    ) -> dict[str, Any]:
+        path = self._cache_path(text, pictures)
+        if path is not None and path.is_file():
+            self.cost.from_cache += 1
+            cached: dict[str, Any] = json.loads(path.read_text("utf-8"))
+            return cached
+        content = [{"type": "text", "text": text}] + [
+            {"type": "image_url", "image_url": {"url": picture}} for picture in pictures
+        ]
+        said = ""
+        for _ in range(1 + self.retries):
+            said = await self._request(client, content)
+            answer = parse_object(said)
+            if answer is not None:
+                if path is not None:
+                    write_text(path, json.dumps(answer))
+                return answer
+        raise JudgeFailure(f"the judge's answer is no JSON object: {said[:200]!r}")
+
+    async def _request(self, client: "AsyncOpenAI", content: Any) -> str:
+        from openai import OpenAIError
+
+        if self.budget_usd is not None and self.cost.usd >= self.budget_usd:
+            raise JudgeFailure(f"the budget of {self.budget_usd:g} USD is spent")
+        self.cost.requests += 1
+        try:
+            reply = await client.chat.completions.create(
+                model=self.model,
+                messages=[{"role": "user", "content": content}],
+                temperature=self.temperature,
+                max_tokens=self.max_tokens,
+                response_format={"type": "json_object"},
+            )
+        except OpenAIError as error:
+            raise JudgeFailure(f"the judge did not answer: {error}") from error
+        if reply.usage is not None:
+            used = (reply.usage.prompt_tokens, reply.usage.completion_tokens)
+            self.cost.input_tokens += used[0]
+            self.cost.output_tokens += used[1]
+            self.cost.usd += sum(
+                n * price / 1e6 for n, price in zip(used, self.usd_per_million, strict=True)
+            )
+        return (reply.choices[0].message.content or "") if reply.choices else ""
+
+    def _key(self) -> str:
+        if self.api_key_env is None:
+            return "none"  # the client wants one, the server does not look at it
+        key = os.environ.get(self.api_key_env)
+        if not key:
+            raise RewardError(
+                f"judge at {self.base_url}: the environment variable {self.api_key_env} is not "
+                "set. Fix: set it to the key, or leave `api_key_env` out."
+            )
+        return key
+
+    def _cache_path(self, text: str, pictures: Sequence[str]) -> Path | None:
+        if self.cache is None:
+            return None
+        asked = [self.base_url, self.model, self.temperature, self.max_tokens, text, *pictures]
+        digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+        return Path(self.cache) / digest[:2] / f"{digest}.json"
+
+
+def parse_object(text: str) -> dict[str, Any] | None:
+    """Return the JSON object in an answer, also from between ``` fences or words; None if none."""
+    start, end = text.find("{"), text.rfind("}")
+    if start < 0 or end < start:
+        return None
+    try:
+        value = json.loads(text[start : end + 1])
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _data_url(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.convert("RGB").save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

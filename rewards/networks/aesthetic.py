@@ -1,0 +1,19 @@
+"""The head of LAION's aesthetic predictor (christophschuhmann/improved-aesthetic-predictor)."""
+
+from functools import cache
+
+import torch
+
+from rewards.networks.image_reward import linear_head
+from rewards.networks.weights import fill, find_file, read_tensors
+
+
+@cache
+def aesthetic_head(head: str, revision: str | None, device: str) -> torch.nn.Module:
+    """Return the head, CLIP features [B, D] -> [B, 1], loaded on first use and kept."""
+    what = "aesthetic head"
+    path = find_file(head, revision, what)
+    state = {k.removeprefix("layers."): v for k, v in read_tensors(path, what).items()}
+    module = linear_head([value.shape for name, value in state.items() if "weight" in name])
+    fill(module, state, path, what)
+    return module.to(device).requires_grad_(False)

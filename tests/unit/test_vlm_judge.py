@@ -1,0 +1,229 @@
+"""The judge against a real HTTP server in this process that answers as it is told."""
+
+import asyncio
+import base64
+import io
+import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from PIL import Image
+
+from common.errors import RewardError
+from rewards import load_reward
+from rewards.judge_client import parse_object
+from rewards.runner import RewardRunner, RewardSpec
+
+
+class Server(ThreadingHTTPServer):
+    """Keeps the requests; `say` maps the number of a request to (status, answer)."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.say = lambda number: (200, '{"score": 7, "reason": "nearly"}')
+        self.requests = []
+        self.keys = []
+        self.under_way = self.most_under_way = 0
+        self.pause = 0.0
+        self.lock = threading.Lock()
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_port}/v1"
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with self.server.lock:
+            self.server.requests.append(body)
+            self.server.keys.append(self.headers["Authorization"])
+            number = len(self.server.requests)
+            self.server.under_way += 1
+            self.server.most_under_way = max(self.server.most_under_way, self.server.under_way)
+        time.sleep(self.server.pause)
+        status, text = self.server.say(number)
+        with self.server.lock:
+            self.server.under_way -= 1
+        if status == 200:
+            reply = {
+                "id": "1", "object": "chat.completion", "created": 0, "model": body["model"],
+                "choices": [{"index": 0, "finish_reason": "stop",
+                             "message": {"role": "assistant", "content": text}}],
+                "usage": {"prompt_tokens": 1000, "completion_tokens": 50, "total_tokens": 1050},
+            }  # fmt: skip
+        else:
+            reply = {"error": {"message": text}}
+        data = json.dumps(reply).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        if status == 429:
+            self.send_header("retry-after-ms", "5")
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server():
+    running = Server()
+    yield running
+    running.shutdown()
+    running.server_close()
+
+
+def picture(red):
+    return Image.new("RGB", (8, 8), (red, 0, 0))
+
+
+def judged(server, count=1, **options):
+    function = load_reward("vlm_judge", base_url=server.url, model="judge-7b", **options)
+    images = [picture(i) for i in range(count)]
+    return asyncio.run(function(images, [f"prompt {i}" for i in range(count)]))
+
+
+def test_the_score_is_the_answer_over_the_maximum(server):
+    [score] = judged(server)
+    assert (score.value, score.reason) == (pytest.approx(0.7), "nearly")
+    [sent] = server.requests
+    assert (sent["model"], sent["temperature"]) == ("judge-7b", 0.0)
+    assert sent["response_format"] == {"type": "json_object"}
+    text, image = sent["messages"][0]["content"]
+    assert "prompt 0" in text["text"]
+    assert "from 0 to 10" in text["text"]
+    head, data = image["image_url"]["url"].split(",")
+    assert head == "data:image/png;base64"
+    assert Image.open(io.BytesIO(base64.b64decode(data))).getpixel((0, 0)) == (0, 0, 0)
+
+
+def test_a_question_and_a_scale_of_ones_own(server):
+    server.say = lambda number: (200, '{"score": 3}')
+    [score] = judged(server, question='Rate {prompt} 1-{max_score} as {{"score": n}}', max_score=5)
+    assert score.value == pytest.approx(0.6)
+    [sent] = server.requests
+    assert sent["messages"][0]["content"][0]["text"] == 'Rate prompt 0 1-5 as {"score": n}'
+
+
+def test_passing_failures_are_repeated(server):
+    server.say = lambda number: (429, "slow down") if number < 3 else (200, '{"score": 10}')
+    [score] = judged(server)
+    assert score.value == 1.0
+    assert len(server.requests) == 3
+
+
+@pytest.mark.parametrize(
+    ("say", "requests", "words"),
+    [
+        (lambda number: (429, "slow down"), 2, "slow down"),
+        (lambda number: (400, "no such model"), 1, "no such model"),
+        (lambda number: (200, "I like it."), 2, "no JSON object.*I like it"),
+        (lambda number: (200, '{"score": "high"}'), 1, "no number.*high"),
+        (lambda number: (200, '{"score": 11}'), 1, "11 is not in 0 to 10"),
+        (lambda number: (200, '{"score": NaN}'), 1, "no number"),
+        (lambda number: (200, '{"rating": 3}'), 1, "no number.*None"),
+    ],
+)
+def test_what_cannot_be_scored_is_none_with_the_reason(server, say, requests, words):
+    server.say = say
+    [score] = judged(server, retries=1)
+    assert score.value is None
+    assert pytest.importorskip("re").search(words, score.reason), score.reason
+    assert len(server.requests) == requests
+
+
+def test_one_failure_spoils_no_other_picture(server):
+    def say(number):
+        return 200, '{"score": 5}'
+
+    server.say = say
+    original = Handler.do_POST
+    runner = RewardRunner(
+        [RewardSpec("vlm_judge", args={"base_url": server.url, "model": "m", "retries": 0})]
+    )
+    with runner:
+        scored = runner.score([picture(1), picture(2)], ["a", "b"])
+        assert [s.total for s in scored] == [0.5, 0.5]
+        server.say = lambda number: (200, "no") if number == 3 else (200, '{"score": 5}')
+        scored = runner.score([picture(3), picture(4)], ["c", "d"])
+        assert sorted(s.total is None for s in scored) == [False, True]
+    assert Handler.do_POST is original
+
+
+def test_answers_are_cached(server, tmp_path):
+    options = {"cache": str(tmp_path / "cache"), "usd_per_million": [2.0, 8.0]}
+    first = judged(server, 3, **options)
+    assert len(server.requests) == 3
+    # 3 requests of 1000 and 50 tokens at 2 and 8 USD a million
+    assert first[0].details["cost"]["usd"] == pytest.approx(3 * (0.002 + 0.0004))
+    second = judged(server, 4, **options)
+    assert len(server.requests) == 4
+    assert [s.value for s in second] == [pytest.approx(0.7)] * 4
+    cost = second[0].details["cost"]
+    assert (cost["requests"], cost["from_cache"], cost["input_tokens"]) == (4, 3, 4000)
+    judged(server, 1, **options, temperature=0.5)  # another question to the cache
+    assert len(server.requests) == 5
+
+
+def test_the_budget_is_kept(server):
+    # One request costs 0.001 USD: the second exceeds the budget, the third is not made.
+    scores = judged(server, 4, concurrency=1, usd_per_million=[1.0, 0.0], budget_usd=0.0015)
+    assert [s.value is None for s in scores] == [False, False, True, True]
+    assert "budget" in scores[2].reason
+    assert len(server.requests) == 2
+
+
+def test_requests_are_under_way_together_but_not_too_many(server):
+    server.pause = 0.05
+    start = time.perf_counter()
+    judged(server, 12, concurrency=4)
+    assert 2 <= server.most_under_way <= 4
+    assert time.perf_counter() - start < 12 * 0.05 + 5
+
+
+def test_the_key_comes_from_the_named_variable(server, monkeypatch):
+    with pytest.raises(RewardError, match="MY_JUDGE_KEY is not set"):
+        judged(server, api_key_env="MY_JUDGE_KEY")
+    monkeypatch.setenv("MY_JUDGE_KEY", "abc")
+    judged(server, api_key_env="MY_JUDGE_KEY")
+    assert server.keys == ["Bearer abc"]
+    monkeypatch.setenv("OPENAI_API_KEY", "not for this server")
+    judged(server)
+    assert server.keys[1] == "Bearer none"
+
+
+def test_a_server_that_is_not_there(server):
+    server.shutdown()
+    server.server_close()
+    [score] = judged(server, retries=0)
+    assert score.value is None
+    assert "did not answer" in score.reason
+
+
+def test_a_question_without_the_prompt_is_refused(server):
+    with pytest.raises(RewardError, match=r"no \{prompt\}"):
+        judged(server, question="Is it nice?")
+    with pytest.raises(RewardError, match="braces"):
+        judged(server, question='{prompt} {"score": 1}')
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('{"a": 1}', {"a": 1}),
+        ('```json\n{"a": 1}\n```', {"a": 1}),
+        ('Sure: {"a": {"b": 2}} as asked', {"a": {"b": 2}}),
+        ("[1]", None),
+        ('{"a": 1', None),
+        ("", None),
+    ],
+)
+def test_parse_object(text, expected):
+    assert parse_object(text) == expected
