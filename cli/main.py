@@ -23,6 +23,9 @@ VERBS = (
     "resume",
     "sample",
     "eval",
+    "compare",
+    "power",
+    "geneval",
     "report",
     "doctor",
 )
