@@ -21,6 +21,7 @@ VERBS = (
     "schema",
     "train",
     "resume",
+    "watch",
     "sample",
     "eval",
     "compare",
