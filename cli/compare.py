@@ -28,9 +28,11 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         """Compare two evaluations on the same prompts and seeds.
 
-        A CONDITION is SUITE.ENTRY[.PART] with <, <=, > or >= and a number. ENTRY is overall, a
-        task, a metric or layout_diversity; PART is mean (B - A, the default), low or high (its 95 %
-        interval), p_adjusted, before or after.
+        A CONDITION is SUITE.ENTRY.PART, one of < <= > >= and a number.
+
+        ENTRY is overall, a task, a further metric or layout_diversity.
+
+        PART is low or high (of B - A's 95 % interval), p_adjusted, before or after; default B - A.
         """
         import json
         from dataclasses import asdict

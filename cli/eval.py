@@ -13,19 +13,19 @@ def register(app: typer.Typer) -> None:
     def evaluate_policy(
         policy: str = typer.Argument(..., help="base, a policy folder or a finished run."),
         options: list[str] | None = typer.Argument(
-            None, metavar="[OPTION=VALUE]...", help="Options of the suite, such as prompts=FILE."
+            None, metavar="OPTION=VALUE", help="Options of the suite, such as prompts=FILE."
         ),
         suite: str = typer.Option("geneval-scenes", help="Benchmark suite."),
         seeds: int = typer.Option(4, min=1, max=1000, help="Pictures per prompt."),
         limit: int | None = typer.Option(
-            None, min=1, help="Number of prompts, the tasks taking turns. [default: all]"
+            None, min=1, help="Number of prompts, the tasks taking turns. (default: all)"
         ),
         temperature: float = typer.Option(1.0, min=0.01, max=10, help="Sampling temperature."),
         steps: int | None = typer.Option(
-            None, min=1, max=1000, help="Steps of the diffusion head. [default: the policy's]"
+            None, min=1, max=1000, help="Steps of the diffusion head. (default: the policy's)"
         ),
         guidance: float | None = typer.Option(
-            None, min=0, max=50, help="Classifier-free guidance. [default: the policy's]"
+            None, min=0, max=50, help="Classifier-free guidance. (default: the policy's)"
         ),
         engine: Literal["transformers", "vllm"] = typer.Option(
             "transformers", help="What draws the image tokens."
@@ -36,7 +36,7 @@ def register(app: typer.Typer) -> None:
         ),
         batch_size: int = typer.Option(64, min=1, help="Pictures made at once."),
         out: Path | None = typer.Option(
-            None, help="Result folder; an unfinished one is continued. [default: results/NAME]"
+            None, help="Result folder; an unfinished one is continued. (default: results/NAME)"
         ),
     ) -> None:
         """Make pictures for a suite's prompts, score them and write a result folder.

@@ -17,12 +17,12 @@ def register(app: typer.Typer) -> None:
     @app.command(rich_help_panel="Judging")
     def power(
         options: list[str] | None = typer.Argument(
-            None, metavar="[OPTION=VALUE]...", help="Options of the suite, such as prompts=FILE."
+            None, metavar="OPTION=VALUE", help="Options of the suite, such as prompts=FILE."
         ),
         suite: str = typer.Option("geneval-scenes", help="Benchmark suite."),
         seeds: int = typer.Option(4, min=1, max=1000, help="Pictures per prompt."),
         difference: float | None = typer.Option(
-            None, min=0.0001, help="True difference to find. [default: a table of several]"
+            None, min=0.0001, help="True difference to find. (default: a table of several)"
         ),
         pilot: tuple[Path, Path] | None = typer.Option(
             None, metavar="A B", help="Two result folders of the suite, to measure the spread on."
@@ -30,8 +30,9 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         """Say what a suite can find, and how many prompts a difference needs.
 
-        Found means: with probability 0.8, by a two-sided test at the 5 % level, paired on prompts
-        and seeds. Without a pilot the spread is assumed, for scores of 0 or 1.
+        Found: four times in five, by a two-sided test at the 5 % level, paired on prompt and seed.
+
+        Without a pilot the spread is assumed, for scores of 0 or 1.
         """
         from cli import console
         from cli.eval import parse_options

@@ -27,10 +27,11 @@ def register(app: typer.Typer) -> None:
             None, help="Folder for a report page of the training, refreshed as it goes on."
         ),
     ) -> None:
-        """Show a run's curves, stage times, newest samples and alarms until it is finished.
+        """Show a run's curves, stage times, held-out scores and alarms until it is finished.
 
-        The run is only read, from its folder. Ctrl-C stops watching and leaves the run alone. When
-        piped, every new step is one plain line.
+        The run is only read. Ctrl-C stops watching and leaves it alone.
+
+        When piped, every new step is one plain line.
         """
         from cli import console
 

@@ -28,7 +28,7 @@ def frame(state: "RunState", width: int, height: int) -> RenderableType:
 
     Alarms come first: a terminal that is too low loses its last lines.
     """
-    head: list[RenderableType] = [_head(state), *map(_alarm, state.alarms.values())]
+    head: list[RenderableType] = [_head(state, width), *map(_alarm, state.alarms.values())]
     columns = (width - 3) // 2
     series = _series(state, columns, 6 if height < 30 else 9)
     stages = _stages(state, columns)
@@ -73,9 +73,10 @@ def _numbers(row: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _head(state: "RunState") -> Text:
+def _head(state: "RunState", width: int) -> Text:
     text = Text(no_wrap=True, overflow="ellipsis")
-    text.append(str(state.run_dir), style="bold")
+    name, room = str(state.run_dir), max(16, width - 52)
+    text.append(name if len(name) <= room else f"…{name[1 - room :]}", style="bold")
     text.append(f"  {state.phase}", style=_PHASES[state.phase])
     text.append(f"  step {state.step}/{state.total}")
     if (seconds := state.step_seconds) is not None:
