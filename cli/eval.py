@@ -1,7 +1,7 @@
 """`atelier eval`: score a policy on a benchmark suite, resumable, with intervals."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import typer
 
@@ -12,21 +12,31 @@ def register(app: typer.Typer) -> None:
     @app.command("eval", rich_help_panel="Judging")
     def evaluate_policy(
         policy: str = typer.Argument(..., help="base, a policy folder or a finished run."),
+        options: list[str] | None = typer.Argument(
+            None, metavar="OPTION=VALUE", help="Options of the suite, such as prompts=FILE."
+        ),
         suite: str = typer.Option("geneval-scenes", help="Benchmark suite."),
         seeds: int = typer.Option(4, min=1, max=1000, help="Pictures per prompt."),
         limit: int | None = typer.Option(
-            None, min=1, help="Number of prompts, the tasks taking turns. [default: all]"
+            None, min=1, help="Number of prompts, the tasks taking turns. (default: all)"
         ),
         temperature: float = typer.Option(1.0, min=0.01, max=10, help="Sampling temperature."),
         steps: int | None = typer.Option(
-            None, min=1, max=1000, help="Steps of the diffusion head. [default: the policy's]"
+            None, min=1, max=1000, help="Steps of the diffusion head. (default: the policy's)"
         ),
         guidance: float | None = typer.Option(
-            None, min=0, max=50, help="Classifier-free guidance. [default: the policy's]"
+            None, min=0, max=50, help="Classifier-free guidance. (default: the policy's)"
+        ),
+        engine: Literal["transformers", "vllm"] = typer.Option(
+            "transformers", help="What draws the image tokens."
+        ),
+        dtype: Literal["float32", "bfloat16"] = typer.Option("float32", help="Number format."),
+        device: Literal["auto", "cpu", "cuda"] = typer.Option(
+            "auto", help="auto = cuda where there is a GPU, else cpu."
         ),
         batch_size: int = typer.Option(64, min=1, help="Pictures made at once."),
         out: Path | None = typer.Option(
-            None, help="Result folder; an unfinished one is continued. [default: results/NAME]"
+            None, help="Result folder; an unfinished one is continued. (default: results/NAME)"
         ),
     ) -> None:
         """Make pictures for a suite's prompts, score them and write a result folder.
@@ -38,34 +48,56 @@ def register(app: typer.Typer) -> None:
         from evals.environment import command_line
         from evals.suites import load_suite
 
-        chosen = load_suite(suite, limit)
+        chosen = load_suite(suite, options=parse_options(options or []))
         folder = find_policy(policy)
         name = out.name if out is not None else f"{_name(policy)}-{suite}"
         out = out or Path("results") / name
         with console.progress() as progress:
             progress.start("load", None)
+            import torch
+
+            from evals.engines import sampled_by
+            from evals.policy_hash import policy_hash
             from evals.run import evaluate
             from policy import Policy
 
-            model = Policy.from_pretrained(folder)
-            progress.finish("load")
-            results = evaluate(
-                model,
-                chosen,
-                out,
-                seeds=seeds,
-                temperature=temperature,
-                steps=steps,
-                guidance=guidance,
-                limit=limit,
-                batch_size=batch_size,
-                progress=progress,
-                name=name,
-                command=command_line(),
-            )
-        for line in _summary(results):
+            if device == "auto":
+                device = "cuda" if torch.cuda.is_available() else "cpu"
+            model = Policy.from_pretrained(folder, getattr(torch, dtype), device)
+            with sampled_by(engine, model, folder) as painter:
+                progress.finish("load")
+                results = evaluate(
+                    painter,
+                    chosen,
+                    out,
+                    seeds=seeds,
+                    temperature=temperature,
+                    steps=steps,
+                    guidance=guidance,
+                    limit=limit,
+                    batch_size=batch_size,
+                    progress=progress,
+                    name=name,
+                    weights=policy_hash(model),
+                    command=command_line(),
+                    setup={"engine": engine, "dtype": dtype, "device": device},
+                )
+        for line in summary(results):
             console.say(line)
         console.say(f"results: {out}    next: atelier report {out}")
+
+
+def parse_options(words: list[str]) -> dict[str, str]:
+    """Return OPTION=VALUE words as a dictionary; raise UsageError for a word without `=`."""
+    from common.errors import UsageError
+
+    options = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not key or not equals:
+            raise UsageError(f"`{word}` is not OPTION=VALUE.\n    Fix: write e.g. prompts=FILE.")
+        options[key] = value
+    return options
 
 
 def _name(policy: str) -> str:
@@ -74,22 +106,26 @@ def _name(policy: str) -> str:
     return path.parent.name if path.name == "policy" and path.parent.name else path.name
 
 
-def _summary(results: dict[str, Any]) -> list[str]:
-    """One line for the overall score and one for each task."""
-    headline = next(iter(results["suite"]["metrics"]))
+def summary(results: dict[str, Any]) -> list[str]:
+    """Return what results.json says as lines: the overall score, the tasks, what to make of it."""
+    facts = results["suite"]
+    headline = next(iter(facts["metrics"]))
     rows = [("overall", results["overall"][headline])]
-    rows += [(task, facts["metrics"][headline]) for task, facts in results["tasks"].items()]
-    lines = [f"{results['suite']['title']}, {headline}, {results['images']} pictures"]
+    rows += [(task, part["metrics"][headline]) for task, part in results["tasks"].items()]
+    width = max(len(task) for task, _ in rows)
+    lines = [f"{facts['title']}, {headline}, {results['images']} pictures"]
     for task, estimate in rows:
         if estimate is None:
-            lines.append(f"  {task:<16} not scored")
+            lines.append(f"  {task:<{width}}  not scored")
             continue
         interval = (
             f"[{estimate['low']:.3f}, {estimate['high']:.3f}]"
             if estimate["low"] is not None
-            else "no interval: fewer than two prompts"
+            else "no interval: fewer than two independent prompts"
         )
-        lines.append(f"  {task:<16} {estimate['mean']:.3f}  {interval}")
+        lines.append(f"  {task:<{width}}  {estimate['mean']:.3f}  {interval}")
     if unscored := results["unscored"][headline]:
         lines.append(f"  {unscored} pictures could not be scored and are left out")
+    why_not = facts["not_comparable"]
+    lines.append(f"comparable with the leaderboard: {f'no, {why_not}' if why_not else 'yes'}")
     return lines

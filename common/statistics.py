@@ -1,13 +1,15 @@
 """How sure a benchmark number is: cluster bootstrap, permutation test, Holm, detectable effect.
 
 Pictures of one prompt are not independent, so the prompt is the unit that is resampled (the
-cluster). Where a score is a mean over tasks, prompts are resampled within each task (the stratum).
+cluster); prompts that ask for the same fact may share one. Where a score is a mean over tasks,
+clusters are resampled within each task (the stratum); a cluster's name counts within its stratum.
 Everything is seeded and vectorised: the same samples give the same interval.
 
 Sources: Efron and Tibshirani, An Introduction to the Bootstrap (1993); Hesterberg, What Teachers
 Should Know About the Bootstrap (2015), section 4 (the expanded percentile interval); Holm (1979).
 """
 
+from bisect import bisect_left
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
@@ -27,7 +29,7 @@ class Estimate:
     """A mean with its interval.
 
     `low`, `high` and `standard_error` are None where a stratum has fewer than two clusters: no
-    spread between prompts can be seen then. `samples` counts values, `clusters` counts prompts.
+    spread between them can be seen then. `samples` counts values.
     """
 
     mean: float
@@ -42,7 +44,7 @@ class Estimate:
 class Difference(Estimate):
     """A paired difference of means, with its sign-flip p-value and what it could have detected.
 
-    `minimum_detectable` is the true difference that this number of prompts finds with probability
+    `minimum_detectable` is the true difference that this number of clusters finds with probability
     0.8 at the 5 % level; None where no standard error exists.
     """
 
@@ -96,7 +98,7 @@ def mean_interval(
     """Return the mean of `values` [n] with its cluster bootstrap interval.
 
     `clusters` [n] names the prompt of each value. With `strata` [n] (the task of each value) the
-    mean is the unweighted mean of the stratum means, and prompts are resampled within a stratum.
+    mean is the unweighted mean of the stratum means, and clusters are resampled within a stratum.
     The interval is the percentile interval widened to the t quantile (Hesterberg's expansion),
     which keeps its coverage at 20 prompts. Rates that are 0 or 1 throughout get the exact binomial
     (Clopper-Pearson) bound with the prompts as trials, because resampling equal values shows no
@@ -156,6 +158,67 @@ def minimum_detectable_effect(
     """
     quantiles = stats.t.ppf([1 - alpha / 2, power], degrees_of_freedom)
     return float(quantiles.sum() * standard_error)
+
+
+def clusters_needed(
+    effect: float, spread: float, strata: int = 1, *, power: float = 0.8, alpha: float = 0.05
+) -> int:
+    """Return the smallest number K of clusters whose `minimum_detectable_effect` is `effect`.
+
+    `spread` is the standard error times sqrt(K), which does not depend on K: for one stratum the
+    standard deviation of the clusters' mean differences. At least two clusters in each of the
+    `strata` are returned. Raises ValueError for an effect that is not above 0.
+    """
+    if not effect > 0:
+        raise ValueError(f"the effect is {effect}: only a difference above 0 can be looked for")
+
+    def enough(clusters: int) -> bool:
+        error = spread / clusters**0.5
+        freedom = clusters - strata
+        return minimum_detectable_effect(error, freedom, power=power, alpha=alpha) <= effect
+
+    low, high = 2 * strata, 2 * strata
+    while not enough(high):
+        low, high = high, 2 * high
+    return low + bisect_left(range(low, high), True, key=enough)
+
+
+@dataclass(frozen=True)
+class Components:
+    """What the paired differences of one task vary by.
+
+    `between` is the variance of the clusters' true differences, `within` that of one pair of
+    pictures around its cluster's.
+    """
+
+    between: float
+    within: float
+
+    def cluster_variance(self, pairs: float) -> float:
+        """Return the variance of the mean difference of a cluster with that many pairs."""
+        return self.between + self.within / pairs
+
+
+def variance_components(change: ArrayLike, clusters: Sequence[Hashable]) -> Components:
+    """Split the variance of paired differences [n] by one-way analysis of variance.
+
+    `within` is pooled over the clusters; `between` is the moment estimate for clusters of unequal
+    size (Searle, Casella and McCulloch, Variance Components, 1992, section 3.6), 0 where it would
+    be negative. Raises ValueError without two clusters, or without a cluster of two pairs.
+    """
+    values = _finite(change)
+    [group] = _strata(values, clusters, None)
+    pairs, size = values.size, group.size
+    if size < 2 or pairs == size:
+        raise ValueError(
+            f"{pairs} pairs in {size} clusters: two clusters and a cluster of two pairs are needed"
+        )
+    squares = float(np.square(values).sum())
+    explained = float((np.square(group.sums) / group.counts).sum())
+    within = (squares - explained) / (pairs - size)
+    usual = (pairs - float(np.square(group.counts).sum()) / pairs) / (size - 1)
+    mean_square = (explained - float(values.sum()) ** 2 / pairs) / (size - 1)
+    return Components(max(0.0, (mean_square - within) / usual), max(0.0, within))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

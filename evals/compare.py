@@ -8,7 +8,14 @@ from typing import Any
 
 from common.errors import RunError
 from common.statistics import Difference, holm, paired_difference
-from evals.results import ResultFolder, Sample, diversity_by_prompt, estimate_dict, load_results
+from evals.results import (
+    ResultFolder,
+    Sample,
+    cluster_of,
+    diversity_by_prompt,
+    estimate_dict,
+    load_results,
+)
 from evals.suites import Metric
 
 SCHEMA = "atelier.comparison/1"
@@ -23,18 +30,18 @@ class Paired:
     before: list[float]
     after: list[float]
     prompts: list[str]
+    clusters: list[str]
     tasks: list[str]
 
     def of_task(self, task: str) -> "Paired":
         """Return the pairs of one task."""
         rows = [i for i, name in enumerate(self.tasks) if name == task]
-        columns = (self.before, self.after, self.prompts, self.tasks)
-        before, after, prompts, tasks = ([column[i] for i in rows] for column in columns)
-        return Paired(before, after, prompts, tasks)  # type: ignore[arg-type]
+        columns = (self.before, self.after, self.prompts, self.clusters, self.tasks)
+        return Paired(*([column[i] for i in rows] for column in columns))  # type: ignore[arg-type]
 
     def difference(self) -> Difference:
         """Return the paired difference, averaged over tasks."""
-        return paired_difference(self.before, self.after, self.prompts, self.tasks)
+        return paired_difference(self.before, self.after, self.clusters, self.tasks)
 
     def means(self) -> tuple[float, float]:
         """Return both means, averaged over tasks."""
@@ -62,9 +69,10 @@ def compare(before: ResultFolder | Path | str, after: ResultFolder | Path | str)
     """Return the paired differences `after - before`, overall and per task, with verdicts.
 
     Pictures are paired by prompt and sample index; pairs with an unscored side are left out and
-    counted. `overall` averages over tasks (GenEval's convention); the tasks' `p_adjusted` are
-    Holm's over the tasks, the overall one is the raw p-value. Raises RunError if the two are not of
-    the same suite and version, share no prompt, or used different seeds.
+    counted. What is resampled is the cluster that the suite gives a prompt, or the prompt.
+    `overall` averages over tasks (GenEval's convention); the tasks' `p_adjusted` are Holm's over
+    the tasks, the overall one is the raw p-value. Raises RunError if the two are not of the same
+    suite and version, share no prompt, or used different seeds.
     """
     a = before if isinstance(before, ResultFolder) else load_results(before)
     b = after if isinstance(after, ResultFolder) else load_results(after)
@@ -80,6 +88,7 @@ def compare(before: ResultFolder | Path | str, after: ResultFolder | Path | str)
     of_task = {task: values.of_task(task) for task in dict.fromkeys(values.tasks)}
     differences = [paired.difference() for paired in of_task.values()]
     adjusted = holm([difference.p_value for difference in differences])
+    first, second = a.results["settings"], b.results["settings"]
     other_values = {name: _values(pairs, name) for name in others}
     diversity = _diversity(a, b, pairs)
     return {
@@ -89,13 +98,14 @@ def compare(before: ResultFolder | Path | str, after: ResultFolder | Path | str)
         "suite": b.suite,
         "metric": headline,
         "prompts": len(set(values.prompts)),
+        "clusters": len(set(zip(values.tasks, values.clusters, strict=True))),
         "pairs": len(values.prompts),
         "unscored_pairs": len(pairs) - len(values.prompts),
         "unpaired": {"before": len(a.samples) - len(pairs), "after": len(b.samples) - len(pairs)},
         "settings_that_differ": {
-            key: [a.results["settings"].get(key), value]
-            for key, value in b.results["settings"].items()
-            if a.results["settings"].get(key) != value
+            key: [first.get(key), second.get(key)]
+            for key in first | second
+            if first.get(key) != second.get(key)
         },
         "overall": _entry(values, better, values.difference()),
         "tasks": {
@@ -113,6 +123,11 @@ def compare(before: ResultFolder | Path | str, after: ResultFolder | Path | str)
         if diversity.prompts
         else None,
     }
+
+
+def paired_values(before: ResultFolder, after: ResultFolder) -> Paired:
+    """Return the headline values of both evaluations that `compare` would pair."""
+    return _values(_pairs(before, after), next(iter(after.metrics)))
 
 
 def compare_all(baseline: ResultFolder, candidates: Sequence[ResultFolder]) -> list[dict[str, Any]]:
@@ -169,7 +184,8 @@ def _pairs(a: ResultFolder, b: ResultFolder) -> list[tuple[Sample, Sample]]:
             f"{a.path} and {b.path} share no prompt.\n    Fix: evaluate both with the same --limit."
         )
     for left, right in pairs:
-        if left["seed"] != right["seed"]:
+        # A seed that is not known (an imported evaluation) says nothing against pairing prompts.
+        if None not in (left["seed"], right["seed"]) and left["seed"] != right["seed"]:
             raise RunError(
                 f"{a.path} and {b.path} used different seeds for {left['prompt_id']!r}.\n"
                 "    Fix: evaluate both with this version."
@@ -186,20 +202,22 @@ def _values(pairs: Sequence[tuple[Sample, Sample]], metric: str) -> Paired:
     return Paired(
         [left["values"][metric] for left, _ in scored],
         [right["values"][metric] for _, right in scored],
-        [left["prompt_id"] for left, _ in scored],
-        [left["task"] for left, _ in scored],
+        [right["prompt_id"] for _, right in scored],
+        [cluster_of(right) for _, right in scored],
+        [right["task"] for _, right in scored],
     )
 
 
 def _diversity(a: ResultFolder, b: ResultFolder, pairs: Sequence[tuple[Sample, Sample]]) -> Paired:
     first, second = diversity_by_prompt(a.samples), diversity_by_prompt(b.samples)
-    tasks = {left["prompt_id"]: left["task"] for left, _ in pairs}
-    shared = [prompt for prompt in tasks if prompt in first and prompt in second]
+    rows = {right["prompt_id"]: right for _, right in pairs}
+    shared = [prompt for prompt in rows if prompt in first and prompt in second]
     return Paired(
         [first[prompt] for prompt in shared],
         [second[prompt] for prompt in shared],
         shared,
-        [tasks[prompt] for prompt in shared],
+        [cluster_of(rows[prompt]) for prompt in shared],
+        [rows[prompt]["task"] for prompt in shared],
     )
 
 

@@ -61,14 +61,17 @@ def build_report(
     run_dir: Path | str | None = None,
     *,
     command: str | None = None,
+    refresh_seconds: int | None = None,
 ) -> Path:
     """Write `out_dir`/report.html, report.md and images/, and return the path of report.html.
 
     Results of one suite are compared with the first of that suite (the baseline). `run_dir` is a
-    training run whose metrics.jsonl is drawn. The folder opens without a network. An existing
-    report is replaced; a folder with anything else raises RunError, as do unreadable results.
+    training run whose metrics.jsonl is drawn; without results the page is about that run alone.
+    `refresh_seconds` makes browsers load the page again that often. The folder opens without a
+    network. An existing report is replaced; a folder with anything else raises RunError, as do
+    unreadable results.
     """
-    if not result_dirs:
+    if not result_dirs and run_dir is None:
         raise RunError(
             "a report needs at least one result folder.\n    Fix: atelier report results/NAME"
         )
@@ -95,6 +98,7 @@ def build_report(
             "training": training,
             "created": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
             "command": command,
+            "refresh_seconds": refresh_seconds,
             "diversity": DIVERSITY,
         }
         write_text(temporary / "report.html", render_html(facts))

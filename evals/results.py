@@ -2,16 +2,20 @@
 
 results/NAME/
     settings.json    what identifies the evaluation (policy hash, suite, prompts, sampling)
+    prompts.jsonl    the suite's prompt records
     samples.jsonl    one row for each picture, appended as pictures are made
-    images/*.webp    the pictures, lossless
+    images/*.webp    the pictures, lossless, each with its own origin in its metadata
     results.json     the summary, written at the end
 """
 
+import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from PIL import ExifTags, Image
 
 from common.errors import RunError
 from common.journal import read_journal
@@ -20,11 +24,12 @@ from evals.diversity import prompt_diversity
 from evals.suites import Metric
 
 SCHEMA = "atelier.results/1"
-RESULTS, SETTINGS, SAMPLES, IMAGES = "results.json", "settings.json", "samples.jsonl", "images"
+RESULTS, SETTINGS, PROMPTS = "results.json", "settings.json", "prompts.jsonl"
+SAMPLES, IMAGES = "samples.jsonl", "images"
 
 Sample = dict[str, Any]
-"""A row of samples.jsonl: prompt_id, index, prompt, task, seed, image (its path in the
-folder), bytes (its size), values, reason, details, seconds {generate, score}."""
+"""A row of samples.jsonl: prompt_id, index, prompt, task, cluster, seed (None: not known), image
+(its path in the folder), bytes (its size), values, reason, details, seconds {generate, score}."""
 
 
 @dataclass(frozen=True)
@@ -89,16 +94,47 @@ def read_samples(folder: Path) -> dict[tuple[str, int], Sample]:
     return {(row["prompt_id"], row["index"]): row for row in read_journal(folder / SAMPLES)}
 
 
+def cluster_of(sample: Sample) -> str:
+    """Return what is resampled as one: the fact asked for where the suite names it, or the prompt.
+
+    Rows of older versions have none.
+    """
+    return str(sample.get("cluster", sample["prompt_id"]))
+
+
+def webp(image: Image.Image, origin: Mapping[str, Any]) -> bytes:
+    """Return the picture as lossless WebP, with where it comes from as JSON in its metadata.
+
+    The JSON is EXIF's ImageDescription; `read_origin` gives it back.
+    """
+    exif = Image.Exif()
+    exif[ExifTags.Base.Software] = "atelier"
+    exif[ExifTags.Base.ImageDescription] = json.dumps(origin)
+    buffer = io.BytesIO()
+    image.convert("RGB").save(buffer, format="WEBP", lossless=True, quality=70, method=2, exif=exif)
+    return buffer.getvalue()
+
+
+def read_origin(file: Path) -> dict[str, Any]:
+    """Return what `webp` wrote into a picture's metadata; empty if it is not one of ours."""
+    with Image.open(file) as image:
+        exif = image.getexif()
+    if exif.get(ExifTags.Base.Software) != "atelier":
+        return {}
+    return dict(json.loads(exif[ExifTags.Base.ImageDescription]))
+
+
 def summarise(samples: Sequence[Sample], metrics: Mapping[str, Metric]) -> dict[str, Any]:
     """Return per-task and overall means with 95 % intervals, unscored counts and diversity.
 
+    Clusters are resampled as a whole (see `cluster_of`).
     `overall` is the unweighted mean over tasks (GenEval's convention). A metric that no sample of
     a task has is null there, and null overall.
     """
     tasks = list(dict.fromkeys(sample["task"] for sample in samples))
     of_task = {task: [s for s in samples if s["task"] == task] for task in tasks}
     diversity = diversity_by_prompt(samples)
-    task_of_prompt = {sample["prompt_id"]: sample["task"] for sample in samples}
+    first = {sample["prompt_id"]: sample for sample in samples}
     return {
         "tasks": {
             task: {
@@ -119,8 +155,8 @@ def summarise(samples: Sequence[Sample], metrics: Mapping[str, Metric]) -> dict[
         "layout_diversity": estimate_dict(
             mean_interval(
                 list(diversity.values()),
-                list(diversity),
-                [task_of_prompt[prompt] for prompt in diversity],
+                [cluster_of(first[prompt]) for prompt in diversity],
+                [first[prompt]["task"] for prompt in diversity],
             )
         )
         if diversity
@@ -157,7 +193,7 @@ def _summary(samples: Sequence[Sample], metric: str, *, by_task: bool) -> dict[s
     return estimate_dict(
         mean_interval(
             [s["values"][metric] for s in scored],
-            [s["prompt_id"] for s in scored],
+            [cluster_of(s) for s in scored],
             [s["task"] for s in scored] if by_task else None,
         )
     )

@@ -5,12 +5,12 @@ policies draw the same random numbers, and a run that was cut off goes on where 
 """
 
 import hashlib
-import io
 import json
 import os
 import re
+import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,6 +27,7 @@ from evals.environment import environment
 from evals.policy_hash import policy_hash
 from evals.results import (
     IMAGES,
+    PROMPTS,
     RESULTS,
     SAMPLES,
     SCHEMA,
@@ -34,10 +35,11 @@ from evals.results import (
     Sample,
     read_samples,
     summarise,
+    webp,
 )
-from evals.suites import Record, SampleScore, Suite, load_suite, task_of
+from evals.suites import Metric, Record, SampleScore, Suite, load_suite, task_of
 
-_SAMPLING = ("limit", "seeds", "temperature", "steps", "guidance")
+_NOT_SETTINGS = ("policy_hash", "suite", "suite_version", "prompts")
 
 
 class ImagePolicy(Protocol):
@@ -78,17 +80,22 @@ def evaluate(
     name: str | None = None,
     weights: str | None = None,
     command: str | None = None,
+    setup: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Make and score `seeds` pictures for each prompt, and return what results.json holds.
 
     `limit` is a number of prompts (tasks take turns). `name` is shown in reports and is the
     folder's name by default; `weights` is the policy's hash if it is already known; `command` is
-    recorded. An existing folder of the same evaluation is continued, picture by picture, or
+    recorded; `setup` says how the policy was set up where that can change a picture (engine, type,
+    device). An existing folder of the same evaluation is continued, picture by picture, or
     returned as it is when complete; a folder of another one (other policy hash, suite, prompts or
-    sampling) raises RunError naming what differs.
+    settings) raises RunError naming what differs. A new folder first takes over what a folder
+    beside it holds of the same evaluation, so that nothing is made twice.
     A sample whose scorer fails has None values and the reason, and is counted as unscored.
     """
-    suite = (load_suite(suite) if isinstance(suite, str) else suite).limited(limit)
+    suite = load_suite(suite) if isinstance(suite, str) else suite
+    not_comparable = suite.comparability(seeds, limit)
+    suite = suite.limited(limit)
     progress = progress or SilentProgress()
     out = Path(out_dir)
     identity = {
@@ -101,8 +108,13 @@ def evaluate(
         "temperature": temperature,
         "steps": policy.config.steps if steps is None else steps,
         "guidance": policy.config.guidance if guidance is None else guidance,
+        **(setup or {}),
+        **suite.settings,
     }
-    _claim(out, identity)
+    if _claim(out, identity):
+        _take_over(out, progress)
+        records = (json.dumps(dict(r), ensure_ascii=False) + "\n" for r in suite.records)
+        write_text(out / PROMPTS, "".join(records))
     done = _finished_samples(out)
     wanted = [(record, index) for record in suite.records for index in range(seeds)]
     pending = [(r, i) for r, i in wanted if (r["prompt_id"], i) not in done]
@@ -122,37 +134,47 @@ def evaluate(
         progress.advance(task, len(batch))
     progress.finish(task)
 
-    samples = [done[record["prompt_id"], index] for record, index in wanted]
+    facts = {
+        "policy": {"name": name or out.name, "hash": identity["policy_hash"]},
+        "suite": suite_facts(suite) | {"not_comparable": not_comparable},
+        "settings": {key: v for key, v in identity.items() if key not in _NOT_SETTINGS},
+        "command": command,
+    }
+    return write_results(out, [done[record["prompt_id"], i] for record, i in wanted], facts)
+
+
+def suite_facts(suite: Suite) -> dict[str, Any]:
+    """Return what results.json says about a suite."""
+    return {
+        "name": suite.name,
+        "title": suite.title,
+        "version": suite.version,
+        "not_comparable": suite.not_comparable,
+        "metrics": {key: asdict(metric) for key, metric in suite.metrics.items()},
+    }
+
+
+def write_results(out: Path, samples: Sequence[Sample], facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Summarise an evaluation's samples, write results.json and return what it holds.
+
+    `facts` holds policy, suite, settings and command.
+    """
+    metrics = {name: Metric(**entry) for name, entry in facts["suite"]["metrics"].items()}
     results = {
         "schema": SCHEMA,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "policy": {"name": name or out.name, "hash": identity["policy_hash"]},
-        **_suite_facts(suite),
-        "settings": {key: identity[key] for key in _SAMPLING},
+        **facts,
+        "prompts": len({sample["prompt_id"] for sample in samples}),
         "images": len(samples),
-        **summarise(samples, suite.metrics),
+        **summarise(samples, metrics),
         "seconds": {
             stage: round(sum(sample["seconds"][stage] for sample in samples), 3)
             for stage in ("generate", "score")
         },
-        "command": command,
         "environment": environment(),
     }
     write_text(out / RESULTS, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
     return results
-
-
-def _suite_facts(suite: Suite) -> dict[str, Any]:
-    return {
-        "suite": {
-            "name": suite.name,
-            "title": suite.title,
-            "version": suite.version,
-            "not_comparable": suite.not_comparable,
-            "metrics": {key: asdict(metric) for key, metric in suite.metrics.items()},
-        },
-        "prompts": len(suite.records),
-    }
 
 
 def _prompts_hash(records: Sequence[Record]) -> str:
@@ -160,8 +182,8 @@ def _prompts_hash(records: Sequence[Record]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _claim(out: Path, identity: dict[str, Any]) -> None:
-    """Write what identifies this evaluation, or check that the folder belongs to the same one."""
+def _claim(out: Path, identity: dict[str, Any]) -> bool:
+    """Make the folder this evaluation's and return True; False if it was so already."""
     file = out / SETTINGS
     if not file.exists():
         if out.is_dir() and any(out.iterdir()):
@@ -170,7 +192,7 @@ def _claim(out: Path, identity: dict[str, Any]) -> None:
             )
         (out / IMAGES).mkdir(parents=True, exist_ok=True)
         write_text(file, json.dumps(identity, indent=2) + "\n")
-        return
+        return True
     try:
         before = json.loads(file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
@@ -187,6 +209,21 @@ def _claim(out: Path, identity: dict[str, Any]) -> None:
             f"{out} holds another evaluation: {'; '.join(differing)}.\n"
             "    Fix: give --out another folder."
         )
+    return False
+
+
+def _take_over(out: Path, progress: Progress) -> None:
+    """Copy the samples of the same evaluation from the folders beside this one."""
+    settings = (out / SETTINGS).read_text(encoding="utf-8")
+    for file in sorted(out.parent.glob(f"*/{SETTINGS}")):
+        other = file.parent
+        if other != out and file.read_text(encoding="utf-8") == settings:
+            rows = list(_finished_samples(other).values())
+            for row in rows:
+                shutil.copyfile(other / row["image"], out / row["image"])
+            _append(out / SAMPLES, rows)
+            progress.line(f"took {len(rows)} pictures of the same evaluation from {other}")
+            return
 
 
 def _finished_samples(out: Path) -> dict[tuple[str, int], Sample]:
@@ -226,8 +263,9 @@ def _sample_batch(
     generating = (time.perf_counter() - started) / len(batch)
     rows = []
     for (record, index), seed, image in zip(batch, seeds, images, strict=True):
-        path = f"{IMAGES}/{_file_name(record['prompt_id'], index)}"
-        data = _webp(image)
+        path = f"{IMAGES}/{file_name(record['prompt_id'], index)}"
+        origin = {"prompt": record["prompt"], "prompt_id": record["prompt_id"], "index": index}
+        data = webp(image, origin | {"seed": seed} | identity)
         # Not flushed: a picture cut short by a power cut has another size than its row says.
         (out / path).write_bytes(data)
         started = time.perf_counter()
@@ -238,6 +276,7 @@ def _sample_batch(
                 "index": index,
                 "prompt": record["prompt"],
                 "task": task_of(record),
+                "cluster": record.get("cluster", record["prompt_id"]),
                 "seed": seed,
                 "image": path,
                 "bytes": len(data),
@@ -258,14 +297,8 @@ def _score(suite: Suite, image: Image.Image, record: Record) -> SampleScore:
         return SampleScore(dict.fromkeys(suite.metrics), f"could not be scored: {error}")
 
 
-def _file_name(prompt_id: str, index: int) -> str:
-    """A readable file name that no two prompts share and that every file system takes."""
+def file_name(prompt_id: str, index: int) -> str:
+    """Return a readable file name that no two prompts share and that every file system takes."""
     readable = re.sub(r"[^A-Za-z0-9]+", "-", prompt_id).strip("-")[:60]
     digest = hashlib.blake2b(prompt_id.encode(), digest_size=4).hexdigest()
     return f"{readable}-{digest}-{index:02d}.webp"
-
-
-def _webp(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.convert("RGB").save(buffer, format="WEBP", lossless=True, quality=70, method=2)
-    return buffer.getvalue()

@@ -47,6 +47,8 @@ class LineChart:
 class Training:
     """The training part of a report."""
 
+    name: str
+    """The run folder's name."""
     steps: int
     reward: LineChart
     sentence: str
@@ -82,6 +84,7 @@ def load_training(run_dir: Path) -> Training:
         if len(points := _points(steps, key)) > 1
     ]
     return Training(
+        name=run_dir.resolve().name,
         steps=len(steps),
         reward=line_chart("Reward in training and score on held-out prompts", lines),
         sentence=_sentence([y for _, y in reward], [y for _, y in evaluated]),

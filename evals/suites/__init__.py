@@ -1,8 +1,9 @@
 """The registry of benchmark suites. A suite's module is imported when the suite is first loaded."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from common.registry import Registry
+from evals.suites.options import check_options
 from evals.suites.suite import Metric, Record, SampleScore, Suite, task_of
 
 __all__ = [
@@ -16,11 +17,14 @@ __all__ = [
     "task_of",
 ]
 
-SuiteBuilder = Callable[[], Suite]
+SuiteBuilder = Callable[..., Suite]
+"""Builds a suite; its parameters are the suite's options (texts, as typed on a command line)."""
 
 _suites = Registry("suite", group="atelier.suites")
+_suites.add("geneval", "evals.suites.geneval:geneval_official")
 _suites.add("geneval-scenes", "evals.suites.geneval_scenes:geneval_scenes")
 _suites.add("ocr-scenes", "evals.suites.ocr_scenes:ocr_scenes")
+_suites.add("prompt-file", "evals.suites.prompt_file:prompt_file")
 
 
 def register_suite(name: str) -> Callable[[SuiteBuilder], SuiteBuilder]:
@@ -42,10 +46,15 @@ def list_suites() -> list[str]:
     return _suites.names()
 
 
-def load_suite(name: str, limit: int | None = None) -> Suite:
-    """Build a suite, with at most `limit` prompts (tasks take turns).
+def load_suite(
+    name: str, limit: int | None = None, options: Mapping[str, str] | None = None
+) -> Suite:
+    """Build a suite with its options, with at most `limit` prompts (tasks take turns).
 
-    Raises AtelierError for an unknown name, naming the nearest one.
+    Raises AtelierError for an unknown name, naming the nearest one, and UsageError for an option
+    that the suite lacks or needs.
     """
-    suite: Suite = _suites.get(name)()
-    return suite.limited(limit)
+    builder: SuiteBuilder = _suites.get(name)
+    chosen = dict(options or {})
+    check_options(f"suite `{name}`", builder, chosen)
+    return builder(**chosen).limited(limit)

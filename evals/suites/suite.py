@@ -40,6 +40,9 @@ class SampleScore:
 class Suite:
     """A benchmark: prompt records, the scorer, and its metrics with the headline first.
 
+    A record has `prompt`, `prompt_id`, `metadata` with `tag` (its task) and, where several prompts
+    ask for the same fact, `cluster`: the statistics resample those prompts together.
+
     `not_comparable` says why the numbers must not be put beside a published leaderboard; None
     where they may. Raise `version` whenever prompts or rules change: results of different versions
     are never compared.
@@ -52,11 +55,27 @@ class Suite:
     score: Callable[[Image.Image, Record], SampleScore]
     metrics: Mapping[str, Metric]
     not_comparable: str | None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """What else decides the scores (such as the detector); recorded and compared."""
+    pictures: int | None = None
+    """Pictures for each prompt in the published protocol; None where it names no number."""
 
     @property
     def headline(self) -> str:
         """Name of the metric that comparisons are decided on."""
         return next(iter(self.metrics))
+
+    def comparability(self, seeds: int, limit: int | None) -> str | None:
+        """Return why an evaluation must not stand beside a published leaderboard; None if it may.
+
+        `limit` prompts of this whole suite are used, `seeds` pictures of each.
+        """
+        reasons = [self.not_comparable] if self.not_comparable else []
+        if limit is not None and limit < len(self.records):
+            reasons.append(f"{limit} of {len(self.records)} prompts were used")
+        if self.pictures is not None and seeds != self.pictures:
+            reasons.append(f"{seeds} pictures per prompt instead of {self.pictures}")
+        return "; ".join(reasons) or None
 
     def limited(self, limit: int | None) -> "Suite":
         """Return the suite with at most `limit` prompts, the tasks taking turns.

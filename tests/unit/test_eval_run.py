@@ -1,6 +1,11 @@
 """Evaluation runs: seeds, resuming, caching, unscored samples, the summary's arithmetic."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +17,7 @@ from PIL import Image
 
 from common.errors import RewardError, RunError
 from evals.policy_hash import policy_hash
-from evals.results import load_results, read_samples
+from evals.results import load_results, read_origin, read_samples
 from evals.run import evaluate
 from evals.suites import Record, SampleScore
 
@@ -51,6 +56,103 @@ def test_pictures_are_stored_without_loss(tmp_path: Path) -> None:
     )[0]
     with Image.open(tmp_path / "a" / row["image"]) as stored:
         assert stored.convert("RGB").tobytes() == painted.tobytes()
+
+
+def test_a_picture_says_where_it_comes_from(tmp_path: Path) -> None:
+    suite = toy_suite(1)
+    policy = StandInPolicy(suite.records, 0.0)
+    setup = {"engine": "transformers", "dtype": "float32"}
+    evaluate(policy, suite, tmp_path / "a", seeds=1, temperature=0.7, weights="w", setup=setup)
+    row = load_results(tmp_path / "a").samples[0]
+    origin = read_origin(tmp_path / "a" / row["image"])
+    expected = {"prompt": row["prompt"], "prompt_id": row["prompt_id"], "seed": row["seed"]}
+    expected |= {"index": 0, "policy_hash": "w", "temperature": 0.7, "suite": suite.name}
+    expected |= {"steps": 6, "guidance": 1.5, "engine": "transformers", "dtype": "float32"}
+    assert expected.items() <= origin.items()
+    Image.new("RGB", (8, 8)).save(tmp_path / "other.webp")
+    assert read_origin(tmp_path / "other.webp") == {}
+
+
+def test_the_folder_holds_its_prompts(tmp_path: Path) -> None:
+    suite = toy_suite(3)
+    evaluate(StandInPolicy(suite.records, 0.0), suite, tmp_path / "a", seeds=1, weights="w")
+    lines = (tmp_path / "a" / "prompts.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [dict(record) for record in suite.records]
+
+
+def test_a_new_folder_takes_over_the_same_evaluation(tmp_path: Path) -> None:
+    suite = toy_suite(3)
+    first = evaluate(StandInPolicy(suite.records, 0.3), suite, tmp_path / "a", seeds=2, weights="w")
+    policy = StandInPolicy(suite.records, 0.3)
+    second = evaluate(policy, suite, tmp_path / "b", seeds=2, weights="w")
+    assert policy.generated == []
+    assert second["policy"]["name"] == "b"
+    assert second["overall"] == first["overall"]
+    for row in load_results(tmp_path / "b").samples:
+        assert (tmp_path / "b" / row["image"]).read_bytes() == (
+            tmp_path / "a" / row["image"]
+        ).read_bytes()
+    # another temperature, policy or number of seeds is another evaluation
+    for name, options in (
+        ("t", {"temperature": 0.5}),
+        ("w", {"weights": "x"}),
+        ("s", {"seeds": 1}),
+    ):
+        policy = StandInPolicy(suite.records, 0.3)
+        settings = {"seeds": 2, "weights": "w"} | options
+        evaluate(policy, suite, tmp_path / name, **settings)
+        assert len(policy.generated) == 3 * settings["seeds"]
+
+
+def test_an_unfinished_evaluation_is_taken_over_as_far_as_it_went(tmp_path: Path) -> None:
+    suite = toy_suite(6)
+    cut = CutOff(suite.records, 0.4)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(cut, suite, tmp_path / "a", seeds=2, batch_size=4, weights="w")
+    rest = StandInPolicy(suite.records, 0.4)
+    results = evaluate(rest, suite, tmp_path / "b", seeds=2, weights="w")
+    assert len(rest.generated) == 4
+    assert results["images"] == 12
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+from eval_stand_in import StandInPolicy, toy_suite
+from evals.run import evaluate
+
+class Slow(StandInPolicy):
+    def generate(self, prompts, **options):
+        with open("made", "a") as file:
+            file.writelines(f"{seed}\\n" for seed in options["seeds"])
+        time.sleep(float(sys.argv[1]))
+        return super().generate(prompts, **options)
+
+suite = toy_suite(8)
+evaluate(Slow(suite.records, 0.4), suite, Path("out"), seeds=2, batch_size=4, weights="w")
+"""
+
+
+def test_a_killed_run_loses_at_most_one_batch(tmp_path: Path) -> None:
+    places = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(places)}
+    command = [sys.executable, "-c", KILLED]
+    process = subprocess.Popen([*command, "0.2"], cwd=tmp_path, env=environment)
+    samples = tmp_path / "out" / "samples.jsonl"
+    deadline = time.monotonic() + 60
+    while not samples.exists() or samples.read_bytes().count(b"\n") < 4:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kept = samples.read_bytes().count(b"\n")
+    started = len((tmp_path / "made").read_text().split())
+    assert started - kept <= 4
+    subprocess.run([*command, "0"], cwd=tmp_path, env=environment, check=True)
+    made = (tmp_path / "made").read_text().split()
+    assert len(made) == started + 16 - kept
+    assert len(set(made)) == 16
+    assert load_results(tmp_path / "out").results["images"] == 16
 
 
 class CutOff(StandInPolicy):
@@ -174,6 +276,46 @@ def test_summary_is_the_mean_over_tasks(tmp_path: Path) -> None:
     assert results["overall"]["strict"]["mean"] == pytest.approx(expected, abs=1e-6)
     assert results["schema"] == "atelier.results/1"
     assert results["images"] == 60
+
+
+@pytest.mark.parametrize(
+    ("seeds", "limit", "reason"),
+    [
+        (4, None, None),
+        (4, 12, None),
+        (2, None, "2 pictures per prompt instead of 4"),
+        (2, 6, "6 of 12 prompts were used; 2 pictures per prompt instead of 4"),
+    ],
+)
+def test_only_the_whole_protocol_may_stand_beside_the_leaderboard(
+    tmp_path: Path, seeds: int, limit: int | None, reason: str | None
+) -> None:
+    suite = replace(toy_suite(12), not_comparable=None, pictures=4)
+    policy = StandInPolicy(suite.records, 0.0)
+    results = evaluate(policy, suite, tmp_path / "a", seeds=seeds, limit=limit, weights="w")
+    assert results["suite"]["not_comparable"] == reason
+
+
+def test_prompts_of_one_cluster_are_resampled_together(tmp_path: Path) -> None:
+    suite = toy_suite(12)
+    one = [
+        {**record, "cluster": f"fact {i // 2}", "metadata": {**record["metadata"], "tag": "one"}}
+        for i, record in enumerate(suite.records)
+    ]
+    policy = StandInPolicy(suite.records, 0.5)
+    grouped = evaluate(
+        policy, replace(suite, records=tuple(one)), tmp_path / "a", seeds=2, weights="w"
+    )["overall"]["strict"]
+    assert grouped["clusters"] == 6
+    assert grouped["samples"] == 24
+    rows = load_results(tmp_path / "a").samples
+    values: dict[str, list[float]] = {}
+    for row in rows:
+        values.setdefault(row["cluster"], []).append(row["values"]["strict"])
+    means = [sum(v) / len(v) for v in values.values()]
+    centre = sum(means) / 6
+    error = (sum((m - centre) ** 2 for m in means) / 5 / 6) ** 0.5  # of six equal clusters
+    assert grouped["standard_error"] == pytest.approx(error, abs=1e-6)
 
 
 def test_policy_hash_sees_every_weight() -> None:

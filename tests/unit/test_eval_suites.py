@@ -1,11 +1,20 @@
-"""The suites: registry, limits, and scorers on pictures whose truth is known."""
+"""The suites: registry, options, limits, and scorers on pictures whose truth is known."""
+
+import json
+from collections import Counter
+from pathlib import Path
 
 import pytest
 from eval_stand_in import StandInPolicy
+from PIL import Image
 
-from common.errors import AtelierError
+from common.errors import AtelierError, DataError, RewardError, UsageError
 from data.scenes import Scene, render_scene
 from evals.suites import Suite, list_suites, load_suite, task_of
+from evals.suites.geneval import TASK_SIZES, asked_for
+
+OFFICIAL = Path(__file__).parents[3] / "shared" / "geneval" / "evaluation_metadata.jsonl"
+needs_official = pytest.mark.skipif(not OFFICIAL.is_file(), reason="the official file is not here")
 
 
 def scores(suite: Suite, error: float) -> list[dict[str, float | None]]:
@@ -21,7 +30,8 @@ def scores(suite: Suite, error: float) -> list[dict[str, float | None]]:
 
 
 def test_built_in_suites_are_listed() -> None:
-    assert {"geneval-scenes", "ocr-scenes"} <= set(list_suites())
+    built_in = {"geneval", "geneval-scenes", "ocr-scenes", "prompt-file"}
+    assert built_in <= set(list_suites())
 
 
 def test_unknown_suite_names_the_nearest() -> None:
@@ -63,3 +73,156 @@ def test_sign_is_read_letter_by_letter() -> None:
     assert other.values["exact"] == 0.0
     assert other.values["ocr"] == pytest.approx(1 - 1 / len(word))
     assert word in other.reason
+
+
+# --- options -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("geneval-scenes", {"colour": "red"}, "has no option `colour`"),
+        ("prompt-file", {"prompt": "x.jsonl", "reward": "ocr"}, "write `prompts`"),
+        ("prompt-file", {"prompts": "x.jsonl"}, "needs the option `reward`"),
+        ("geneval", {}, "needs the option `prompts`"),
+    ],
+)
+def test_a_wrong_option_says_what_to_write(name: str, options: dict, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        load_suite(name, options=options)
+
+
+# --- GenEval itself ----------------------------------------------------------------------------
+
+
+@needs_official
+def test_the_official_prompts_are_the_553() -> None:
+    suite = load_suite("geneval", options={"prompts": str(OFFICIAL), "detector": "scenes"})
+    assert Counter(task_of(record) for record in suite.records) == TASK_SIZES
+    assert sum(TASK_SIZES.values()) == 553
+    assert [record["prompt_id"] for record in suite.records] == [f"{i:05d}" for i in range(553)]
+    assert suite.records[0]["prompt"] == "a photo of a bench"
+    assert suite.records[0]["metadata"]["include"] == [{"class": "bench", "count": 1}]
+    assert suite.pictures == 4
+    # scored by another detector than the published one
+    assert suite.comparability(seeds=4, limit=None)
+    assert suite.settings == {"detector": "scenes"}
+
+
+@needs_official
+def test_a_changed_prompt_file_is_refused(tmp_path: Path) -> None:
+    changed = tmp_path / "evaluation_metadata.jsonl"
+    changed.write_bytes(OFFICIAL.read_bytes().replace(b"a photo of a bench", b"a photo of a Bench"))
+    with pytest.raises(DataError, match="not the official prompt list"):
+        load_suite("geneval", options={"prompts": str(changed), "detector": "scenes"})
+
+
+def test_a_missing_prompt_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="djghosh13/geneval"):
+        load_suite("geneval", options={"prompts": str(tmp_path / "no.jsonl")})
+
+
+@needs_official
+def test_unknown_detectors_and_their_options_are_refused() -> None:
+    options = {"prompts": str(OFFICIAL), "detector": "scene"}
+    with pytest.raises(RewardError, match="scenes"):
+        load_suite("geneval", options=options)
+    with pytest.raises(UsageError, match="detector `scenes` has no option `weights`"):
+        load_suite("geneval", options=options | {"detector": "scenes", "weights": "w.pth"})
+
+
+# --- the fact asked for ------------------------------------------------------------------------
+
+
+def clause(label: str, color: str | None = None, position: list | None = None) -> dict:
+    found: dict = {"class": label, "count": 1}
+    found |= {} if color is None else {"color": color}
+    return found | ({} if position is None else {"position": position})
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ([clause("cat"), clause("dog")], [clause("dog"), clause("cat")], True),
+        ([clause("cat"), clause("dog")], [clause("cat"), clause("cow")], False),
+        # "a dog left of a cat" and "a cat right of a dog"
+        (
+            [clause("cat"), clause("dog", position=["left of", 0])],
+            [clause("dog"), clause("cat", position=["right of", 0])],
+            True,
+        ),
+        (
+            [clause("cat"), clause("dog", position=["above", 0])],
+            [clause("dog"), clause("cat", position=["below", 0])],
+            True,
+        ),
+        (
+            [clause("cat"), clause("dog", position=["left of", 0])],
+            [clause("dog"), clause("cat", position=["left of", 0])],
+            False,
+        ),
+        (
+            [clause("cat"), clause("dog", position=["left of", 0])],
+            [clause("cat"), clause("dog", position=["above", 0])],
+            False,
+        ),
+        (
+            [clause("cat", "red"), clause("dog", "blue")],
+            [clause("dog", "blue"), clause("cat", "red")],
+            True,
+        ),
+        (
+            [clause("cat", "red"), clause("dog", "blue")],
+            [clause("cat", "blue"), clause("dog", "red")],
+            False,
+        ),
+        ([{"class": "cat", "count": 2}], [{"class": "cat", "count": 3}], False),
+    ],
+)
+def test_prompts_that_ask_for_the_same_fact(one: list, other: list, same: bool) -> None:
+    facts = [asked_for({"include": include}) for include in (one, other)]
+    assert (facts[0] == facts[1]) == same
+
+
+def test_every_held_out_relation_has_its_mirror_in_the_same_cluster() -> None:
+    records = load_suite("geneval-scenes").records
+    sizes = Counter(r["cluster"] for r in records if task_of(r) == "position")
+    assert set(sizes.values()) <= {1, 2}
+    assert 2 in sizes.values()
+    prompts = {r["prompt"]: r["cluster"] for r in records}
+    pair = next(p for p in prompts if " right of " in p)
+    a, b = pair.removeprefix("a photo of ").split(" right of ")
+    mirror = f"a photo of {b} left of {a}"
+    assert prompts.get(mirror, prompts[pair]) == prompts[pair]
+
+
+# --- rewards over a prompt file ----------------------------------------------------------------
+
+
+def test_a_reward_over_a_prompt_file(tmp_path: Path) -> None:
+    reward = tmp_path / "brightness.py"
+    reward.write_text(
+        "def brightness(images, prompts, wanted):\n"
+        "    return [None if w == 'skip' else i.convert('L').getpixel((0, 0)) / 255\n"
+        "            for i, w in zip(images, wanted)]\n"
+    )
+    lines = [
+        {"prompt": "a lamp", "wanted": "light", "metadata": {"tag": "lamps"}},
+        {"prompt": "a cave", "wanted": "skip"},
+    ]
+    prompts = tmp_path / "rooms.jsonl"
+    prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    options = {"prompts": str(prompts), "reward": f"{reward}:brightness"}
+    suite = load_suite("prompt-file", options=options)
+    assert [task_of(record) for record in suite.records] == ["lamps", "rooms"]
+    assert suite.headline == "brightness"
+    white = Image.new("RGB", (8, 8), "white")
+    assert suite.score(white, suite.records[0]).values == {"brightness": 1.0}
+    skipped = suite.score(white, suite.records[1])
+    assert skipped.values == {"brightness": None}
+    assert skipped.reason
+    assert suite.comparability(seeds=4, limit=None) == "the prompt file is the user's own"
+    bare = tmp_path / "bare.jsonl"
+    bare.write_text('{"prompt": "a lamp"}\n')
+    with pytest.raises(RewardError, match="wanted"):
+        load_suite("prompt-file", options=options | {"prompts": str(bare)})

@@ -9,10 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.statistics import (
+    Components,
+    clusters_needed,
     holm,
     mean_interval,
     minimum_detectable_effect,
     paired_difference,
+    variance_components,
 )
 
 
@@ -60,6 +63,28 @@ def test_interval_covers_the_truth(prompts: int) -> None:
     assert 0.915 <= covered / runs <= 0.985
 
 
+def test_interval_of_a_mean_over_tasks_covers_the_truth() -> None:
+    """Three tasks of unequal size and difficulty, with clusters of one or two prompts."""
+    rng = np.random.default_rng(21)
+    sizes, means = (12, 30, 60), (0.2, 0.5, 0.8)
+    runs, seeds = 400, 4
+    covered = 0
+    for run in range(runs):
+        values, clusters, tasks = [], [], []
+        for task, (size, mean) in enumerate(zip(sizes, means, strict=True)):
+            rates = rng.beta(2 * mean, 2 * (1 - mean), size=size)
+            for cluster, rate in enumerate(rates):
+                pictures = seeds * (1 + cluster % 2)  # a mirrored prompt shares its partner's rate
+                values += list((rng.random(pictures) < rate).astype(float))
+                clusters += [cluster] * pictures
+                tasks += [task] * pictures
+        estimate = mean_interval(values, clusters, tasks, resamples=500, seed=run)
+        assert estimate.low is not None
+        assert estimate.high is not None
+        covered += estimate.low <= 0.5 <= estimate.high
+    assert 0.91 <= covered / runs <= 0.985
+
+
 def test_ignoring_the_clusters_would_cover_too_rarely() -> None:
     """The simulation above can fail: with every picture its own cluster the coverage collapses."""
     rng = np.random.default_rng(1)
@@ -92,6 +117,26 @@ def test_false_positive_rate_of_interval_and_test() -> None:
     assert 0.015 <= rejected / runs <= 0.08
 
 
+def test_holm_keeps_the_rate_of_any_false_positive_over_tasks() -> None:
+    """Two equal policies on six tasks: in one comparison of twenty some task may look different."""
+    rng = np.random.default_rng(13)
+    runs, tasks, prompts, seeds = 300, 6, 20, 4
+    clusters = [p for p in range(prompts) for _ in range(seeds)]
+    raw = adjusted = 0
+    for run in range(runs):
+        p_values = []
+        for _ in range(tasks):
+            rates = rng.beta(1.0, 1.0, size=(prompts, 1))
+            before = (rng.random((prompts, seeds)) < rates).astype(float)
+            after = (rng.random((prompts, seeds)) < rates).astype(float)
+            result = paired_difference(before, after, clusters, resamples=250, seed=run)
+            p_values.append(result.p_value)
+        raw += min(p_values) <= 0.05
+        adjusted += min(holm(p_values)) <= 0.05
+    assert adjusted / runs <= 0.09  # 0.05 and three standard errors
+    assert raw / runs > 0.13  # without Holm it would be about 1 - 0.95 ** 6 = 0.26
+
+
 def test_power_at_the_detectable_effect() -> None:
     """A true effect as large as the stated detectable one is found about four times in five."""
     rng = np.random.default_rng(11)
@@ -110,6 +155,71 @@ def test_power_at_the_detectable_effect() -> None:
 def test_detectable_effect_of_many_prompts_is_2_80_standard_errors() -> None:
     # 1.959964 + 0.841621, the normal quantiles of any table
     assert minimum_detectable_effect(0.01, 10**7) == pytest.approx(0.02801585, abs=1e-6)
+
+
+def test_clusters_needed_by_the_normal_formula() -> None:
+    # (1.959964 + 0.841621)^2 * (0.5 / 0.02)^2 = 4905.5 for many clusters; t adds about two
+    assert clusters_needed(0.02, 0.5) == pytest.approx(4907.5, abs=1.5)
+
+
+@given(st.floats(0.02, 0.5), st.floats(0.05, 1.0), st.integers(1, 6))
+def test_clusters_needed_is_the_smallest_number(effect: float, spread: float, strata: int) -> None:
+    needed = clusters_needed(effect, spread, strata)
+
+    def detectable(clusters: int) -> float:
+        return minimum_detectable_effect(spread / math.sqrt(clusters), clusters - strata)
+
+    assert detectable(needed) <= effect
+    assert needed == 2 * strata or detectable(needed - 1) > effect
+
+
+def test_clusters_needed_gives_the_power_it_promises() -> None:
+    """With that many prompts the permutation test finds the difference about four times in five."""
+    rng = np.random.default_rng(17)
+    known, seeds, effect, runs = Components(between=0.03, within=0.2), 4, 0.15, 400
+    needed = clusters_needed(effect, math.sqrt(known.cluster_variance(seeds)))
+    clusters = [c for c in range(needed) for _ in range(seeds)]
+    found = 0
+    for run in range(runs):
+        true = rng.normal(effect, math.sqrt(known.between), size=(needed, 1))
+        change = true + rng.normal(0, math.sqrt(known.within), size=(needed, seeds))
+        result = paired_difference(
+            np.zeros(change.shape), change, clusters, resamples=400, seed=run
+        )
+        found += result.p_value <= 0.05
+    assert 0.73 <= found / runs <= 0.87
+
+
+def test_an_effect_of_nothing_cannot_be_looked_for() -> None:
+    with pytest.raises(ValueError, match="above 0"):
+        clusters_needed(0.0, 1.0)
+
+
+def test_variance_components_by_hand() -> None:
+    # Clusters (1, 3) and (4, 8): means 2 and 6, grand mean 4. Within squares 2 + 8 = 10 on 2
+    # degrees of freedom; mean square between 2 * (4 + 4) / 1 = 16; (16 - 5) / 2 = 5.5.
+    found = variance_components([1, 3, 4, 8], ["a", "a", "b", "b"])
+    assert (found.within, found.between) == (pytest.approx(5.0), pytest.approx(5.5))
+    assert found.cluster_variance(4) == pytest.approx(5.5 + 5.0 / 4)
+
+
+def test_variance_components_are_found_in_clusters_of_unequal_size() -> None:
+    rng = np.random.default_rng(4)
+    values: list[float] = []
+    clusters: list[int] = []
+    for cluster in range(4000):
+        pairs = 2 + cluster % 3
+        values += list(rng.normal(0, 0.3) + rng.normal(0, 0.5, size=pairs))
+        clusters += [cluster] * pairs
+    found = variance_components(values, clusters)
+    assert found.between == pytest.approx(0.09, rel=0.1)
+    assert found.within == pytest.approx(0.25, rel=0.05)
+
+
+def test_equal_clusters_have_no_variance_between_them() -> None:
+    assert variance_components([0, 1, 1, 0], ["a", "a", "b", "b"]).between == 0.0
+    with pytest.raises(ValueError, match="two clusters"):
+        variance_components([0, 1], ["a", "b"])
 
 
 def test_pairing_is_used() -> None:

@@ -1,0 +1,146 @@
+"""What in a training run's numbers asks for a look, in words that say what to do.
+
+Each rule looks at the newest steps of metrics.jsonl. The limits are rules of thumb; the reason for
+each stands beside it.
+"""
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean, median
+from typing import Any
+
+Row = Mapping[str, Any]
+
+WINDOW = 5
+NO_SIGNAL = 0.9
+"""Share of groups whose members all got the same reward: such a group teaches nothing."""
+MISMATCH = 0.5
+"""Nats between the engine's and the trainer's log-prob of a token; bfloat16 explains about 0.1."""
+RATIO_OFF = 0.1
+"""Distance of the mean importance ratio from 1, its value when both hold the same weights."""
+CLIPPED = 0.3
+"""Share of clipped tokens at which most of a step's update is thrown away."""
+SPIKE = 10.0
+"""Gradient norm in multiples of its median."""
+COLLAPSED = 0.25
+"""Share of the first steps' entropy."""
+SPRAYED = 0.2
+"""More objects per picture that nobody asked for than in the first steps."""
+LOST = 0.1
+"""Fall of the held-out score below its best while the reward rises: about two standard errors of a
+curve over 60 prompts."""
+
+
+def alarms(
+    steps: Sequence[Row], held_out: Sequence[Row], groups: int | None = None
+) -> dict[str, str]:
+    """Return a sentence for each thing that looks wrong, by its kind; none for a healthy run.
+
+    `steps` and `held_out` are the rows of metrics.jsonl, `groups` the prompts of a step.
+    """
+    if not steps:
+        return {}
+    found = {
+        "unscored": _unscored(steps[-1]),
+        "no signal": _no_signal(steps, groups),
+        "engine": _apart(steps[-1]),
+        "clipped": _clipped(steps),
+        "gradient": _spike(steps),
+        "entropy": _collapsed(steps),
+        "extra objects": _sprayed(steps),
+        "reward hacking": _parted(steps, held_out),
+    }
+    return {kind: text for kind, text in found.items() if text is not None}
+
+
+def headline(row: Row) -> str | None:
+    """Return the name of the held-out score that decides: the first one of an evaluation row."""
+    return next((key for key in row if key not in ("event", "step", "per_task")), None)
+
+
+def _unscored(newest: Row) -> str | None:
+    if "reward" in newest and newest["reward"] is None:
+        return "no picture of the newest step has a reward: look at the reward's own messages"
+    if missing := newest.get("missing_rewards"):
+        return f"{missing:g} pictures of the newest step could not be scored"
+    return None
+
+
+def _no_signal(steps: Sequence[Row], groups: int | None) -> str | None:
+    same = _newest(steps, "zero_variance_groups")
+    if not groups or len(same) < WINDOW or fmean(same) < NO_SIGNAL * groups:
+        return None
+    return (
+        f"{fmean(same):.0f} of {groups} groups get one reward for all members, which teaches "
+        "nothing: raise the temperature or choose harder prompts"
+    )
+
+
+def _apart(newest: Row) -> str | None:
+    mismatch, ratio = newest.get("logprob_mismatch_max"), newest.get("importance_ratio_mean")
+    if mismatch is not None and mismatch > MISMATCH:
+        return f"engine and trainer differ by {mismatch:.2f} nats on a token: stop and check"
+    if ratio is not None and abs(ratio - 1) > RATIO_OFF:
+        return f"the mean importance ratio is {ratio:.2f}: engine and trainer have parted"
+    return None
+
+
+def _clipped(steps: Sequence[Row]) -> str | None:
+    clipped = _newest(steps, "clip_fraction")
+    if not clipped or fmean(clipped) <= CLIPPED:
+        return None
+    return f"{fmean(clipped):.0%} of the tokens are clipped: lower the learning rate"
+
+
+def _spike(steps: Sequence[Row]) -> str | None:
+    norms = _values(steps, "grad_norm")
+    if len(norms) < 2 * WINDOW or norms[-1] <= SPIKE * median(norms[:-1]) or norms[-1] == 0:
+        return None
+    return f"the gradient norm jumped to {norms[-1]:.3g} from about {median(norms[:-1]):.3g}"
+
+
+def _collapsed(steps: Sequence[Row]) -> str | None:
+    first, newest = _ends(steps, "entropy")
+    if first is None or newest is None or first <= 0 or newest >= COLLAPSED * first:
+        return None
+    return f"entropy fell from {first:.3f} to {newest:.3f}: pictures of a prompt become one"
+
+
+def _sprayed(steps: Sequence[Row]) -> str | None:
+    first, newest = _ends(steps, "extra_objects")
+    if first is None or newest is None or newest - first <= SPRAYED:
+        return None
+    return f"objects nobody asked for went from {first:.2f} to {newest:.2f} a picture"
+
+
+def _parted(steps: Sequence[Row], held_out: Sequence[Row]) -> str | None:
+    name = headline(held_out[-1]) if held_out else None
+    curve = [(row["step"], row[name]) for row in held_out if name and row.get(name) is not None]
+    if len(curve) < 2:
+        return None
+    at, best = max(curve, key=lambda point: point[1])
+    now = curve[-1][1]
+    before = _values([row for row in steps if row["step"] <= max(at, WINDOW)], "reward")
+    rewards = _newest(steps, "reward")
+    if best - now < LOST or not before or not rewards:
+        return None
+    if fmean(rewards) <= fmean(before[-WINDOW:]):
+        return None
+    return (
+        f"the reward rises and held-out {name} fell from {best:.3f} (step {at}) to {now:.3f}: "
+        "look for what the reward pays that the held-out score does not"
+    )
+
+
+def _values(steps: Sequence[Row], key: str) -> list[float]:
+    return [float(row[key]) for row in steps if row.get(key) is not None]
+
+
+def _newest(steps: Sequence[Row], key: str) -> list[float]:
+    return _values(steps, key)[-WINDOW:]
+
+
+def _ends(steps: Sequence[Row], key: str) -> tuple[float | None, float | None]:
+    values = _values(steps, key)
+    if len(values) < 2 * WINDOW:
+        return None, None
+    return fmean(values[:WINDOW]), fmean(values[-WINDOW:])

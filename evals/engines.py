@@ -1,0 +1,68 @@
+"""A policy whose image tokens are drawn by a rollout engine instead of its own sampler."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+import torch
+from PIL import Image
+
+from common.seeds import counter_seed
+from policy.policy import Policy, to_images
+from policy.sampling import Sampling
+from rollout.engine import Engine
+
+EngineName = Literal["transformers", "vllm"]
+
+
+class EnginePolicy:
+    """`policy`, with the image tokens drawn by `engine`; everything else is the policy's own."""
+
+    def __init__(self, policy: Policy, engine: Engine) -> None:
+        self.config = policy.config
+        self._policy = policy
+        self._engine = engine
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        steps: int,
+        guidance: float,
+        temperature: float,
+        seeds: Sequence[int],
+    ) -> list[Image.Image]:
+        """Return one picture for each prompt; as in `Policy.generate`, each has its own seed."""
+        token_seeds = [counter_seed(seed, "tokens") for seed in seeds]
+        ids = self._policy.prompt_ids(prompts)
+        batch = self._engine.generate(ids, 1, Sampling(temperature), token_seeds)
+        noise = self._policy.noise([counter_seed(seed, "noise") for seed in seeds])
+        hidden = self._policy.condition_rows(batch.prompt_ids, batch.completion_ids)
+        return to_images(self._policy.render(hidden, noise=noise, steps=steps, guidance=guidance))
+
+
+@contextmanager
+def sampled_by(engine: EngineName, policy: Policy, folder: Path) -> Iterator[Policy | EnginePolicy]:
+    """Yield the policy (read from `folder`) sampled by its own sampler or by vLLM.
+
+    The two draw different tokens from the same seeds, so an evaluation keeps to one.
+    """
+    if engine == "transformers":
+        yield policy
+        return
+    from rollout.vllm_engine import VllmEngine
+
+    config = policy.config
+    vllm = VllmEngine(
+        folder / "ar",
+        config.image_start_id,
+        config.num_image_tokens,
+        config.num_tokens,
+        dtype=policy.ar.dtype,
+    )
+    try:
+        yield EnginePolicy(policy, vllm)
+    finally:
+        vllm.close()

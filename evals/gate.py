@@ -1,0 +1,89 @@
+"""Conditions under which a comparison fails, such as `geneval.overall < -0.01`."""
+
+import operator
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from common.errors import UsageError
+from common.registry import nearest
+
+_OPERATORS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
+_PARTS = ("mean", "low", "high", "p_adjusted", "before", "after")
+_FORM = re.compile(r"\s*([\w/-]+)\.([^<>=]+?)\s*(<=|>=|<|>)\s*([-+]?[\d.]+(?:e[-+]?\d+)?)\s*", re.I)
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One condition: fail if the named number of a comparison stands so to the threshold."""
+
+    text: str
+    suite: str
+    entry: str
+    """`overall`, a task, a further metric or `layout_diversity`."""
+    part: str
+    """Which number of the entry; `mean` is the difference after - before."""
+    relation: str
+    threshold: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Whether a gate fails, and the sentence that says why or why not."""
+
+    gate: str
+    value: float | None
+    failed: bool
+    reason: str
+
+
+def parse_gate(text: str) -> Gate:
+    """Read SUITE.ENTRY[.PART] < NUMBER, with <, <=, > or >=; raise UsageError if it is not that.
+
+    PART is mean (the difference, the default), low or high (its 95 % interval), p_adjusted, before
+    or after.
+    """
+    match = _FORM.fullmatch(text)
+    try:
+        if match is None:
+            raise ValueError
+        suite, entry, relation, number = match.groups()
+        threshold = float(number)
+    except ValueError:
+        raise UsageError(
+            f"`{text}` is not a condition.\n"
+            '    Fix: write SUITE.ENTRY < NUMBER, such as "geneval.overall < -0.01".'
+        ) from None
+    name, dot, part = entry.rpartition(".")
+    if not dot or part not in _PARTS:
+        name, part = entry, "mean"
+    return Gate(text.strip(), suite, name, part, relation, threshold)
+
+
+def apply_gate(gate: Gate, comparison: Mapping[str, Any]) -> Outcome:
+    """Return whether the comparison fails; a number that is missing fails, with the reason.
+
+    Raises UsageError if the comparison is of another suite or has no such entry.
+    """
+    if gate.suite != comparison["suite"]:
+        raise UsageError(
+            f"`{gate.text}`: the results are of suite {comparison['suite']}.\n"
+            f"    Fix: write {comparison['suite']}.{gate.entry}."
+        )
+    entries = {"overall": comparison["overall"], **comparison["tasks"], **comparison["others"]}
+    entries["layout_diversity"] = comparison["layout_diversity"]
+    if gate.entry not in entries:
+        close = nearest(gate.entry, entries)
+        fix = f"write {close}" if close else f"choose from {', '.join(entries)}"
+        raise UsageError(f"`{gate.text}`: there is no `{gate.entry}`.\n    Fix: {fix}.")
+    entry = entries[gate.entry]
+    name = f"{gate.suite}.{gate.entry}.{gate.part}"
+    value = None if entry is None else entry[gate.part]
+    if value is None:
+        return Outcome(gate.text, None, True, f"{name} is not known, so nothing is shown")
+    failed = _OPERATORS[gate.relation](value, gate.threshold)
+    relation = gate.relation if failed else f"not {gate.relation}"
+    return Outcome(
+        gate.text, value, failed, f"{name} is {value:+.4f}, {relation} {gate.threshold:g}"
+    )
