@@ -1,4 +1,4 @@
-"""Engines in Ray actors, as one engine: prompts are divided, weights go to all, losses are made good.
+"""Engines in Ray actors as one: prompts are divided, weights go to all, losses are made good.
 
 A piece of work is the prompts of one worker in one call. A worker that dies or hangs is replaced,
 the new one gets the weights of the last push, and the same piece with the same seeds is issued

@@ -1,20 +1,19 @@
-"""Workers on Ray against the contract of one engine: same samples, proved weights, no loss unseen."""
+"""Workers on Ray and the contract of an engine: same samples, proved weights, no loss unseen."""
 
 import os
 import signal
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
 from tiny_policy import CODES, new_policy
 
-from common.errors import PolicyError, RunError
+from common.errors import RunError
 from rollout import Sampling, WeightMismatch, fingerprint_tensors
 from rollout.build import EngineSpec
-from rollout.ray_pool import MAX_REPLACEMENTS, Placement, RayPool
+from rollout.ray_pool import Placement, RayPool
 from rollout.sync import ModelSide, push_weights, verify_sync
 from rollout.transformers_engine import TransformersEngine
 from rollout.weights import merged_tensors
