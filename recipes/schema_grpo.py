@@ -81,12 +81,42 @@ class PromptsSection(Section):
         return self
 
 
+class RaySection(Section):
+    """Where rollout workers run; read only if there are any."""
+
+    address: Annotated[
+        TextPath | None,
+        Field(
+            description="A running cluster to join (`auto`: the one of this machine); null = start "
+            "one here for the time of the run."
+        ),
+    ] = None
+    cpus_per_worker: Annotated[float, Field(gt=0, description="CPUs and threads of a worker.")] = 1
+    gpus_per_worker: Annotated[
+        float, Field(ge=0, description="GPUs of a worker; 0.5 = two workers share one.")
+    ] = 0
+    timeout_s: Annotated[
+        float,
+        Field(gt=0, description="Seconds after which a worker that does not answer is replaced."),
+    ] = 600
+
+
 class RolloutSection(Section):
     """How image tokens are sampled."""
 
     engine: Annotated[
         Literal["transformers", "vllm"], Field(description="Engine that samples image tokens.")
     ] = "transformers"
+    workers: Annotated[
+        int,
+        Field(
+            ge=0,
+            le=4096,
+            description="Engines in processes of their own, placed by Ray; 0 = one in the "
+            "trainer's process.",
+        ),
+    ] = 0
+    ray: RaySection = RaySection()
     group_size: Annotated[
         int, Field(ge=2, le=4096, description="Images per prompt, compared with one another.")
     ] = 12

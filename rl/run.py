@@ -36,6 +36,7 @@ from rl.grpo import ImageGRPOTrainer, Sync
 from rl.lora import lora_config
 from rl.rollouts import Decode, Sampler
 from rl.trl_release import GRPOConfig
+from rollout.build import EngineSpec
 from rollout.engine import Engine
 from rollout.sync import ModelSide, push_weights, verify_sync
 from rollout.transformers_engine import TransformersEngine
@@ -143,26 +144,26 @@ def load_policy(recipe: GrpoRecipe) -> Policy:
 
 
 def build_engine(recipe: GrpoRecipe, policy: Policy) -> Engine:
-    """Return the rollout engine: the trainer's own module, or vLLM beside it."""
-    config = policy.config
-    if recipe.rollout.engine == "transformers":
-        return TransformersEngine(
-            policy.ar,
-            config.image_start_id,
-            config.num_image_tokens,
-            config.num_tokens,
-            config.pad_id,
-        )
-    from rollout.vllm_engine import VllmEngine
-
+    """Return the rollout engine: the trainer's own module, vLLM beside it, or workers on Ray."""
+    config, rollout = policy.config, recipe.rollout
+    images = (config.image_start_id, config.num_image_tokens, config.num_tokens)
+    if rollout.engine == "transformers" and not rollout.workers:
+        return TransformersEngine(policy.ar, *images, config.pad_id)
     path = base_path() if recipe.policy.path == "base" else Path(recipe.policy.path)
-    return VllmEngine(
-        path / "ar",
-        config.image_start_id,
-        config.num_image_tokens,
-        config.num_tokens,
-        dtype=policy.ar.dtype,
+    dtype = policy.ar.dtype
+    device = "cuda" if rollout.ray.gpus_per_worker else "cpu"
+    spec = EngineSpec(
+        rollout.engine, str(path / "ar"), *images, config.pad_id, recipe.policy.dtype, device
     )
+    if not rollout.workers:
+        return spec.build()
+    from rollout.ray_pool import Placement, RayPool
+
+    ray = rollout.ray
+    placement = Placement(
+        rollout.workers, ray.address, ray.cpus_per_worker, ray.gpus_per_worker, ray.timeout_s
+    )
+    return RayPool(spec.build, placement, dtype)
 
 
 def build_rewards(recipe: GrpoRecipe) -> RewardRunner:

@@ -1,0 +1,41 @@
+"""How an engine is made, in a form that can be sent to another process."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from rollout.engine import Engine
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """One engine over the AR folder of a policy (`POLICY/ar`), and the facts about its tokens.
+
+    `dtype` is a torch type's name such as "float32"; ids and counts are those of the policy's
+    `PolicyConfig`.
+    """
+
+    engine: Literal["transformers", "vllm"]
+    ar_folder: str
+    image_start_id: int
+    num_image_tokens: int
+    completion_length: int
+    pad_id: int
+    dtype: str
+    device: str = "cpu"
+
+    def build(self) -> Engine:
+        """Load the weights and start the engine in this process."""
+        dtype = getattr(torch, self.dtype)
+        images = (self.image_start_id, self.num_image_tokens, self.completion_length)
+        if self.engine == "vllm":
+            from rollout.vllm_engine import VllmEngine
+
+            return VllmEngine(self.ar_folder, *images, dtype=dtype)
+        from transformers import Qwen3ForCausalLM
+
+        from rollout.transformers_engine import TransformersEngine
+
+        model = Qwen3ForCausalLM.from_pretrained(self.ar_folder, dtype=dtype).to(self.device)
+        return TransformersEngine(model.eval(), *images, self.pad_id)

@@ -1,0 +1,217 @@
+"""Workers on Ray and the contract of an engine: same samples, proved weights, no loss unseen."""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+from tiny_policy import CODES, new_policy
+
+from common.errors import RunError
+from rollout import Sampling, WeightMismatch, fingerprint_tensors
+from rollout.build import EngineSpec
+from rollout.ray_pool import Placement, RayPool
+from rollout.sync import ModelSide, push_weights, verify_sync
+from rollout.transformers_engine import TransformersEngine
+from rollout.weights import merged_tensors
+
+PROMPTS = [[1, 2, 3], list(range(10, 30)), list(range(50, 95))]
+N = 4
+SEEDS = list(range(len(PROMPTS) * N))
+
+
+@pytest.fixture(scope="module")
+def spec(policy_folder) -> EngineSpec:
+    config = new_policy().config
+    return EngineSpec(
+        "transformers",
+        str(policy_folder / "ar"),
+        config.image_start_id,
+        CODES,
+        config.num_tokens,
+        config.pad_id,
+        "float32",
+    )
+
+
+@pytest.fixture(scope="module")
+def pool(spec) -> Iterator[RayPool]:
+    from ray import cloudpickle
+
+    # Workers cannot import this file: its functions travel as they are.
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    pool = RayPool(spec.build, Placement(workers=2, timeout_s=60), torch.float32)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture
+def trainer(policy, pool) -> ModelSide:
+    """The trainer's side, its weights moved away from those that the workers started with."""
+    with torch.no_grad():
+        for parameter in policy.ar.parameters():
+            parameter.mul_(1.01)
+    config = policy.config
+    side = ModelSide(policy.ar, 7, PROMPTS, config.image_start_id, CODES)
+    side.model = policy.ar
+    return side
+
+
+def in_worker(pool: RayPool, index: int, function, *arguments):
+    import ray
+
+    return ray.get(pool.workers[index].__ray_call__.remote(function, *arguments))
+
+
+def own_engine(trainer: ModelSide, spec: EngineSpec) -> TransformersEngine:
+    return TransformersEngine(
+        trainer.model, spec.image_start_id, CODES, spec.completion_length, spec.pad_id
+    )
+
+
+def process_of(worker) -> int:
+    return os.getpid()
+
+
+# --- what one engine promises --------------------------------------------------------------------
+
+
+def test_workers_draw_what_one_engine_draws(pool, trainer, spec):
+    verify_sync(pool, trainer)
+    expected = own_engine(trainer, spec).generate(PROMPTS, N, Sampling(0.9, 20), SEEDS)
+    found = pool.generate(PROMPTS, N, Sampling(0.9, 20), SEEDS)
+    assert found.prompt_ids == expected.prompt_ids
+    assert torch.equal(found.completion_ids, expected.completion_ids)
+    assert torch.allclose(found.behaviour_logprobs, expected.behaviour_logprobs, atol=1e-5)
+
+
+def test_every_worker_holds_what_was_pushed(pool, trainer):
+    push_weights(pool, trainer)
+    expected = fingerprint_tensors(merged_tensors(trainer.model))
+    for index in range(2):
+        assert in_worker(pool, index, lambda w: w.engine.fingerprint()) == expected
+    assert in_worker(pool, 0, process_of) != in_worker(pool, 1, process_of) != os.getpid()
+
+
+def test_more_workers_than_prompts_is_no_matter(pool, trainer, spec):
+    push_weights(pool, trainer)
+    expected = own_engine(trainer, spec).generate(PROMPTS[:1], N, Sampling(), SEEDS[:N])
+    found = pool.generate(PROMPTS[:1], N, Sampling(), SEEDS[:N])
+    assert torch.equal(found.completion_ids, expected.completion_ids)
+
+
+def test_what_the_engine_refuses_is_said_as_the_engine_says_it(pool):
+    before = pool.replaced
+    with pytest.raises(IndexError, match="out of range"):
+        pool.generate([[10**6]], 1, Sampling(), [0])
+    with pytest.raises(RunError, match="3 seeds for 1 prompts x 4 samples"):
+        pool.generate([[1]], 4, Sampling(), [0, 1, 2])
+    assert pool.replaced == before
+
+
+# --- weights that did not arrive -----------------------------------------------------------------
+
+
+def skip_loading(worker) -> None:
+    worker.engine.load_weights = lambda tensors, step: list(tensors)
+
+
+def load_stale(worker) -> None:
+    """Load the push before instead of this one."""
+    original, stale = worker.engine.load_weights, list(worker.engine_weights)
+
+    def load(tensors, step):
+        list(tensors)
+        original(iter(stale), step - 1)
+
+    worker.engine.load_weights = load
+
+
+def remember(worker) -> None:
+    worker.engine_weights = [(n, t.clone()) for n, t in merged_tensors(worker.engine.model)]
+
+
+def add_twice(worker) -> None:
+    """As if a LoRA delta, a change of one matrix, were merged twice."""
+    original = worker.engine.load_weights
+
+    def load(tensors, step):
+        original(tensors, step)
+        with torch.no_grad():
+            worker.engine.model.model.layers[0].mlp.up_proj.weight.add_(1e-3)
+
+    worker.engine.load_weights = load
+
+
+def drop_one(worker) -> None:
+    original = worker.engine.load_weights
+
+    def load(tensors, step):
+        original(list(tensors)[:-1], step)
+
+    worker.engine.load_weights = load
+
+
+def restore(worker) -> None:
+    worker.engine.__dict__.pop("load_weights", None)
+
+
+@pytest.mark.parametrize("mutation", [skip_loading, load_stale, add_twice, drop_one])
+@pytest.mark.parametrize("victims", [(1,), (0, 1)], ids=["one", "all"])
+def test_weights_that_did_not_arrive_stop_the_run_at_once(pool, trainer, mutation, victims):
+    push_weights(pool, trainer)
+    for index in victims:
+        in_worker(pool, index, remember)
+        in_worker(pool, index, mutation)
+    with torch.no_grad():
+        trainer.model.model.layers[0].self_attn.q_proj.weight.mul_(1.001)
+    try:
+        with pytest.raises(WeightMismatch):
+            push_weights(pool, trainer)
+    finally:
+        for index in victims:
+            in_worker(pool, index, restore)
+    push_weights(pool, trainer)
+
+
+# --- workers that are lost -----------------------------------------------------------------------
+
+
+def die_at_next_generate(worker) -> None:
+    worker.engine.generate = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+
+
+def hang_at_next_generate(worker) -> None:
+    worker.engine.generate = lambda *_: time.sleep(3600)
+
+
+@pytest.mark.parametrize("loss", [die_at_next_generate, hang_at_next_generate])
+def test_a_lost_worker_is_replaced_and_nothing_changes(pool, trainer, spec, loss):
+    push_weights(pool, trainer)
+    expected = own_engine(trainer, spec).generate(PROMPTS, N, Sampling(), SEEDS)
+    before, pool._placement = pool._placement, Placement(workers=2, timeout_s=8)
+    replaced = pool.replaced
+    try:
+        in_worker(pool, 1, loss)
+        found = pool.generate(PROMPTS, N, Sampling(), SEEDS)
+    finally:
+        pool._placement = before
+    assert torch.equal(found.completion_ids, expected.completion_ids)
+    assert pool.replaced == replaced + 1
+    assert pool.fingerprint() == fingerprint_tensors(merged_tensors(trainer.model))
+
+
+def test_workers_without_room_are_refused_before_anything_waits(spec, pool):
+    with pytest.raises(RunError, match=r"3000 workers need 3000 CPUs[\s\S]*Fix: use fewer"):
+        RayPool(spec.build, Placement(workers=3000), torch.float32)
+    with pytest.raises(RunError, match=r"1 workers need 0\.5 GPUs"):
+        RayPool(spec.build, Placement(workers=1, cpus=0.0, gpus=0.5), torch.float32)
+
+
+def test_a_worker_that_cannot_start_says_why(spec, pool, tmp_path):
+    wrong = EngineSpec(**{**spec.__dict__, "engine": "vllm", "ar_folder": str(tmp_path)})
+    with pytest.raises(RunError, match=r"cannot start[\s\S]*has no config\.json"):
+        RayPool(wrong.build, Placement(workers=1, cpus=0.0, timeout_s=60), torch.float32)
