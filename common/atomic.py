@@ -1,10 +1,14 @@
 """Files and folders that appear whole or not at all, also when the power goes."""
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+_FULL_BELOW = 2**20
+"""Free bytes under which a failed write is taken for a full disk."""
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -39,7 +43,9 @@ def atomic_dir(path: str | os.PathLike[str], *, replace: bool = False) -> Iterat
     Everything in it is flushed to the disk before the rename. On an error the temporary folder is
     removed and `path` is as it was. With `replace`, an existing `path` is swapped for the new
     folder: a crash between the two renames leaves the old one beside it as `.NAME.old`, and the
-    next call puts it back. Raises FileExistsError when `path` exists and `replace` is false.
+    next call puts it back. Raises FileExistsError when `path` exists and `replace` is false, and
+    the OSError of a full disk whatever the library that wrote into the folder made of it. One
+    writer at a time: what a killed one left is removed.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -51,12 +57,13 @@ def atomic_dir(path: str | os.PathLike[str], *, replace: bool = False) -> Iterat
             os.replace(old, target)
     if target.exists() and not replace:
         raise FileExistsError(f"{target} exists already")
+    for left in target.parent.glob(f".{target.name}.tmp-*"):
+        shutil.rmtree(left)
     temporary = _temporary(target)
-    if temporary.exists():  # left by a killed process that had the same id
-        shutil.rmtree(temporary)
     temporary.mkdir()
     try:
-        yield temporary
+        with full_disk_named(target.parent):
+            yield temporary
         _sync_tree(temporary)
         if target.exists():
             os.replace(target, old)
@@ -69,6 +76,20 @@ def atomic_dir(path: str | os.PathLike[str], *, replace: bool = False) -> Iterat
     _sync_folder(target.parent)
     if old.exists():
         shutil.rmtree(old)
+
+
+@contextmanager
+def full_disk_named(folder: Path) -> Iterator[None]:
+    """Raise OSError (ENOSPC) for any error inside while the disk of `folder` is full.
+
+    Libraries that write tensors report a full disk as errors of their own kind.
+    """
+    try:
+        yield
+    except Exception as error:
+        if shutil.disk_usage(folder).free >= _FULL_BELOW:
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
 
 
 def _temporary(target: Path) -> Path:

@@ -1,11 +1,14 @@
 """Prompt records for training: from the scene world or from a JSONL file."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from common.errors import DataError
+from common.seeds import counter_seed
 from data.scenes import TASKS, scene_prompts
 
 GENEVAL_TASKS = tuple(task for task in TASKS if task != "text")
@@ -29,11 +32,50 @@ def training_records(
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         if line.strip():
             records.append(_record(path, number, line))
-    if tasks is not None:
-        records = [r for r in records if r["metadata"].get("tag") in tasks]
     if not records:
-        raise DataError(f"{path}: no prompts are left.\n    Fix: check prompts.tasks and the file.")
-    return records
+        raise DataError(f"{path}: no prompts.\n    Fix: give it one JSON object a line.")
+    if tasks is None:
+        return records
+    found = {record["metadata"].get("tag") for record in records}
+    for task in tasks:
+        if task not in found:
+            there = ", ".join(sorted(str(tag) for tag in found if tag)) or "none"
+            raise DataError(
+                f"prompts.tasks.{task}: no record of {path} has this tag (it has {there}).\n"
+                "    Fix: take the task out of the recipe, or add prompts of it."
+            )
+    return [record for record in records if record["metadata"].get("tag") in tasks]
+
+
+def draw_records(
+    source: str,
+    split: str,
+    tasks: Mapping[str, float] | None,
+    *,
+    steps: int,
+    per_step: int,
+    seed: int,
+) -> list[dict[str, Any]]:
+    """Return the records of every step in order, `per_step` each; a step's draw has its own seed.
+
+    With `tasks`, a task is drawn by its weight and then one of its records. Without, the scene
+    world's tasks are drawn alike, and of a file every record is as likely as every other.
+    """
+    wanted = None if tasks is None else [task for task, weight in tasks.items() if weight > 0]
+    by_task: dict[str, list[dict[str, Any]]] = {}
+    for record in training_records(source, split, wanted):
+        alike = tasks is None and source != "scenes"
+        by_task.setdefault("" if alike else record["metadata"]["tag"], []).append(record)
+    weights = tasks or dict.fromkeys(by_task, 1.0)
+    names = list(by_task)
+    shares = np.array([weights[name] for name in names], dtype=float)
+    chosen = []
+    for step in range(steps):
+        rng = np.random.default_rng(counter_seed(seed, "prompts", step))
+        for task in rng.choice(names, size=per_step, p=shares / shares.sum()):
+            records = by_task[str(task)]
+            chosen.append(records[int(rng.integers(len(records)))])
+    return chosen
 
 
 def _record(path: Path, number: int, line: str) -> dict[str, Any]:

@@ -10,12 +10,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from policy.policy import Policy
 
-__all__ = ["Policy", "base_path"]
+__all__ = ["Policy", "base_path", "policy_path"]
 
 
 def base_path() -> Path:
     """Return the folder of the tiny policy that ships with the package."""
     return Path(__file__).parent / "base"
+
+
+def policy_path(text: str) -> Path:
+    """Return the folder that a recipe's `policy.path` means: `base`, or a folder."""
+    return base_path() if text == "base" else Path(text).expanduser()
 
 
 def __getattr__(name: str) -> Any:

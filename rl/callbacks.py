@@ -37,11 +37,15 @@ class JournalCallback(TrainerCallback):
         self.journal = journal
         self.progress = progress
         self.trainer: ImageGRPOTrainer | None = None
-        self._started = 0.0
+        self._started = self._ended = 0.0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the step's clock."""
         self._started = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop it, before the held-out evaluation."""
+        self._ended = time.perf_counter()
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
@@ -57,7 +61,7 @@ class JournalCallback(TrainerCallback):
         }
         row |= self._details()
         seconds = dict(self.trainer.seconds)
-        whole = time.perf_counter() - self._started
+        whole = self._ended - self._started
         seconds["update"] = max(whole - sum(seconds.values()), 0.0)
         row["seconds"] = {stage: round(value, 4) for stage, value in seconds.items()}
         self.trainer.seconds.clear()
@@ -102,16 +106,18 @@ class HeldOutCallback(TrainerCallback):
 
     def _run(self, step: int) -> None:
         row = self.held_out(step)
-        self.journal.write({"event": "eval", "step": step, **row})
-        headline = _rounded(next(iter(row.values())))  # a suite's first metric decides
+        name = next(iter(row))  # a suite's first metric decides
+        self.journal.write({"event": "eval", "step": step, "headline": name, **row})
+        headline = _rounded(row[name])
         self.progress.line(f"step {step}: held-out {headline}")
 
 
 class InterruptCallback(TrainerCallback):
     """Turn SIGINT and SIGTERM into a checkpoint and a clean stop after the current step."""
 
-    def __init__(self) -> None:
+    def __init__(self, progress: Progress) -> None:
         self.interrupted = False
+        self._progress = progress
         self._before: dict[int, Any] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -120,6 +126,7 @@ class InterruptCallback(TrainerCallback):
         def note(number: int, frame: Any) -> None:
             self.interrupted = True
             signal.signal(number, self._before[number])
+            self._progress.line("stopping after this step; interrupt again to stop at once")
 
         for number in (signal.SIGINT, signal.SIGTERM):
             self._before[number] = signal.signal(number, note)

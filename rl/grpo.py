@@ -29,6 +29,9 @@ from rl.trl_release import GRPOConfig, GRPOTrainer
 
 Sync = Callable[[int], None]
 
+UNSCORED_STEPS = 3
+"""Steps in a row without a single scored picture after which a run stops."""
+
 
 class ImageGRPOTrainer(GRPOTrainer):
     """GRPO whose completions are pictures.
@@ -64,6 +67,7 @@ class ImageGRPOTrainer(GRPOTrainer):
         self.last_scores: list[Scored] = []
         self._old_logprobs: Tensor | None = None
         self._nothing_to_learn = False
+        self._unscored_steps = 0
         policy = sampler.policy
         with warnings.catch_warnings():
             # It may change, and the contract test tells.
@@ -143,6 +147,15 @@ class ImageGRPOTrainer(GRPOTrainer):
                 log_metric(f"parts/{name}", float(np.mean(parts)))
         missing = sum(scored.total is None for scored in self.last_scores)
         log_metric("missing_rewards", float(missing))
+        self._unscored_steps = self._unscored_steps + 1 if missing == len(images) else 0
+        if self._unscored_steps == UNSCORED_STEPS:
+            name, reason = next(iter(self.last_scores[0].reasons.items()), ("-", "unknown"))
+            raise RunError(
+                f"no picture of the last {UNSCORED_STEPS} steps could be scored (reward "
+                f"`{name}`: {reason}).\n"
+                "    Fix: mend the reward, then go on from the last checkpoint with "
+                "`atelier resume`."
+            )
         return [scored.counted for scored in self.last_scores]
 
     # --- private methods of TRL that the image case replaces (pinned by a contract test) ---------
@@ -184,8 +197,10 @@ class ImageGRPOTrainer(GRPOTrainer):
         order = torch.argsort(informative.int(), descending=True, stable=True)
         count = max(int(informative.sum()), 1)
         rows = order[: -(-count // pieces) * pieces].sort().values
-        # The loss is a mean over rows; those that only fill up must not dilute it.
-        output = output | {"advantages": advantages * (len(rows) / count)}
+        # The loss is a mean over this process's rows and then over processes: those that only fill
+        # up must not dilute it, and every informative row of every process counts the same.
+        counts = self.accelerator.gather(informative.sum()[None]).float()
+        output = output | {"advantages": advantages * (len(rows) / max(float(counts.mean()), 1))}
         return {
             key: value[rows] if torch.is_tensor(value) and value.dim() else value
             for key, value in output.items()

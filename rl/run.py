@@ -3,25 +3,23 @@
 This file is the way in: read `_run` from top to bottom.
 """
 
-import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import TrainerCallback
 
-from common.atomic import write_text
+from common.atomic import atomic_dir, write_text
 from common.errors import Interrupted, RunError
 from common.journal import Journal
+from common.lock import folder_lock
 from common.progress import Progress, SilentProgress
-from common.seeds import counter_seed
-from data.prompts import training_records
-from evals.suites import load_suite
-from policy import Policy, base_path
+from data.prompts import draw_records
+from evals.suites import Suite, load_suite
+from policy import Policy, policy_path
 from policy.quiet import quiet_libraries
 from policy.sampling import Sampling
 from recipes import LoadedRecipe, dump_recipe, load_recipe
@@ -79,10 +77,21 @@ def _run(recipe: GrpoRecipe, run_dir: Path, progress: Progress, checkpoint: Path
     with quiet_libraries(), ExitStack() as parts:
         policy = load_policy(recipe)
         lora = lora_config(recipe.policy.lora, policy) if recipe.policy.lora else None
-        records = _records(recipe)
+        prompts = recipe.prompts
+        records = draw_records(
+            prompts.source,
+            prompts.split,
+            prompts.tasks,
+            steps=recipe.train.steps,
+            per_step=recipe.rollout.prompts_per_step,
+            seed=recipe.seed,
+        )
         rewards = parts.enter_context(build_rewards(recipe))
         rewards.check_records(records)
-        engine = parts.enter_context(closing(build_engine(recipe, policy)))
+        suite = load_suite(recipe.evals.suite, recipe.evals.limit) if recipe.evals.every else None
+        asked = {str(r["prompt"]) for r in [*records, *(suite.records if suite else ())]}
+        longest = max(map(len, policy.prompt_ids(sorted(asked))))
+        engine = parts.enter_context(closing(build_engine(recipe, policy, longest)))
         sync = _sync(policy, engine)
         rollout, decode = recipe.rollout, recipe.decode.train
         sampler = Sampler(
@@ -93,13 +102,14 @@ def _run(recipe: GrpoRecipe, run_dir: Path, progress: Progress, checkpoint: Path
             recipe.seed,
             recipe.train.micro_batch,
         )
-        held_out = _held_out(recipe, sampler, sync) if recipe.evals.every else None
+        held_out = _held_out(recipe, suite, sampler, sync) if suite else None
         # Only now: a run that cannot start leaves no folder behind.
+        parts.enter_context(folder_lock(run_dir))
         write_text(run_dir / "recipe.yaml", dump_recipe(recipe))
         journal = Journal(run_dir / "metrics.jsonl")
         done = 0 if checkpoint is None else step_of(checkpoint)
         journal.rewind(-1 if checkpoint is None else done)
-        shown, interrupt = JournalCallback(journal, progress), InterruptCallback()
+        shown, interrupt = JournalCallback(journal, progress), InterruptCallback(progress)
         parts.callback(interrupt.give_back)
         callbacks: list[TrainerCallback] = [shown, interrupt]
         if held_out is not None:
@@ -136,24 +146,31 @@ def load_policy(recipe: GrpoRecipe) -> Policy:
     device = recipe.policy.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    path = base_path() if recipe.policy.path == "base" else Path(recipe.policy.path)
+    path = policy_path(recipe.policy.path)
     policy = Policy.from_pretrained(path, getattr(torch, recipe.policy.dtype), device)
     policy.requires_grad_(False)
     policy.ar.requires_grad_(True)
     return policy
 
 
-def build_engine(recipe: GrpoRecipe, policy: Policy) -> Engine:
-    """Return the rollout engine: the trainer's own module, vLLM beside it, or workers on Ray."""
+def build_engine(recipe: GrpoRecipe, policy: Policy, longest_prompt: int) -> Engine:
+    """Return the rollout engine: the trainer's own module, vLLM beside it, or workers on Ray.
+
+    `longest_prompt` is that of the whole run in tokens, template included.
+    """
     config, rollout = policy.config, recipe.rollout
     images = (config.image_start_id, config.num_image_tokens, config.num_tokens)
     if rollout.engine == "transformers" and not rollout.workers:
         return TransformersEngine(policy.ar, *images, config.pad_id)
-    path = base_path() if recipe.policy.path == "base" else Path(recipe.policy.path)
-    dtype = policy.ar.dtype
     device = "cuda" if rollout.ray.gpus_per_worker else "cpu"
     spec = EngineSpec(
-        rollout.engine, str(path / "ar"), *images, config.pad_id, recipe.policy.dtype, device
+        rollout.engine,
+        str(policy_path(recipe.policy.path) / "ar"),
+        *images,
+        config.pad_id,
+        recipe.policy.dtype,
+        longest_prompt,
+        device,
     )
     if not rollout.workers:
         return spec.build()
@@ -163,37 +180,13 @@ def build_engine(recipe: GrpoRecipe, policy: Policy) -> Engine:
     placement = Placement(
         rollout.workers, ray.address, ray.cpus_per_worker, ray.gpus_per_worker, ray.timeout_s
     )
-    return RayPool(spec.build, placement, dtype)
+    return RayPool(spec.build, placement, policy.ar.dtype)
 
 
 def build_rewards(recipe: GrpoRecipe) -> RewardRunner:
     """Load the rewards of a recipe whose files have been located."""
     specs = [spec_from(function.model_dump()) for function in recipe.rewards.functions]
     return RewardRunner(specs, cache=ScoreCache() if recipe.rewards.cache else None)
-
-
-def _records(recipe: GrpoRecipe) -> list[dict[str, Any]]:
-    """Return the prompts of every step in order: each step's draw has its own seed."""
-    per_step = recipe.rollout.prompts_per_step
-    tasks = recipe.prompts.tasks
-    pool = training_records(
-        recipe.prompts.source,
-        recipe.prompts.split,
-        None if tasks is None else tuple(task for task, weight in tasks.items() if weight > 0),
-    )
-    by_task: dict[str, list[dict[str, Any]]] = {}
-    for record in pool:
-        by_task.setdefault(str(record["metadata"].get("tag", "")), []).append(record)
-    weights = tasks or dict.fromkeys(by_task, 1.0)
-    names = list(by_task)
-    shares = np.array([weights[name] for name in names], dtype=float)
-    chosen = []
-    for step in range(recipe.train.steps):
-        rng = np.random.default_rng(counter_seed(recipe.seed, "prompts", step))
-        for task in rng.choice(names, size=per_step, p=shares / shares.sum()):
-            records = by_task[str(task)]
-            chosen.append(records[int(rng.integers(len(records)))])
-    return chosen
 
 
 def trainer_config(recipe: GrpoRecipe, run_dir: Path, completion_length: int) -> GRPOConfig:
@@ -253,9 +246,8 @@ def _sync(policy: Policy, engine: Engine) -> Sync:
     return sync
 
 
-def _held_out(recipe: GrpoRecipe, sampler: Sampler, sync: Sync) -> Any:
+def _held_out(recipe: GrpoRecipe, suite: Suite, sampler: Sampler, sync: Sync) -> Any:
     """Return the held-out evaluation: the same prompts and seeds at every step of every run."""
-    suite = load_suite(recipe.evals.suite, recipe.evals.limit)
     judge = Sampler(
         sampler.policy,
         sampler.engine,
@@ -295,12 +287,10 @@ def _write_policy(
     if recipe.policy.lora is not None:
         trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
     del policy.ar.forward  # the trainer's extended forward pass
-    staged = run_dir / "policy.partial"
-    shutil.rmtree(staged, ignore_errors=True)
     trained = {"run": recipe.name, "steps": recipe.train.steps, "seed": recipe.seed}
     policy.config = replace(policy.config, provenance={**policy.config.provenance, "grpo": trained})
-    policy.save_pretrained(staged)
-    staged.rename(run_dir / "policy")
+    with atomic_dir(run_dir / "policy") as staged:
+        policy.save_pretrained(staged)
 
 
 def _grpo(loaded: LoadedRecipe) -> GrpoRecipe:

@@ -23,6 +23,7 @@ class EngineSpec:
     completion_length: int
     pad_id: int
     dtype: str
+    max_prompt_length: int
     device: str = "cpu"
 
     def build(self) -> Engine:
@@ -32,7 +33,9 @@ class EngineSpec:
         if self.engine == "vllm":
             from rollout.vllm_engine import VllmEngine
 
-            return VllmEngine(self.ar_folder, *images, dtype=dtype)
+            return VllmEngine(
+                self.ar_folder, *images, dtype=dtype, max_prompt_length=self.max_prompt_length
+            )
         from transformers import Qwen3ForCausalLM
 
         from rollout.transformers_engine import TransformersEngine

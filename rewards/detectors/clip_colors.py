@@ -26,9 +26,7 @@ class ClipColors:
     and cropped to its box; a colour's text feature is the mean over three templates.
     """
 
-    def __init__(
-        self, weights: str | None, revision: str | None, model: str, device: str
-    ) -> None:
+    def __init__(self, weights: str | None, revision: str | None, model: str, device: str) -> None:
         self._clip: OpenClip | None = None
         if weights is not None:
             self._clip = open_clip_model(model, weights, revision, device)

@@ -119,9 +119,7 @@ class _WordDetector(_BoxDetector):
         device: str = "cpu",
     ) -> None:
         self._classes = tuple(classes)
-        super().__init__(
-            weights, revision, color_weights, color_revision, color_model, device
-        )
+        super().__init__(weights, revision, color_weights, color_revision, color_model, device)
 
 
 class Owlv2(_WordDetector):

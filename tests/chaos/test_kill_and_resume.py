@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import time
 from functools import cache
 from pathlib import Path
@@ -16,6 +17,7 @@ from tiny_policy import write_recipe
 
 from cli.main import main
 from common.journal import read_journal
+from common.lock import folder_lock
 from policy import Policy
 
 LORA: tuple[str, ...] = ()
@@ -316,10 +318,42 @@ def test_a_run_killed_after_its_last_checkpoint_only_writes_its_policy(
 ):
     expected = undisturbed(LORA)
     out = shutil.copytree(expected, tmp_path / "run")
-    (out / "policy").rename(out / "policy.partial")
+    (out / "policy").rename(out / ".policy.tmp-1")
     assert main(["resume", str(out)]) == 0
     assert_same(out, expected)
-    assert not (out / "policy.partial").exists()
+    assert not (out / ".policy.tmp-1").exists()
+
+
+def test_a_folder_in_use_is_left_alone(recipe, stopped, tmp_path, capfd):
+    out = shutil.copytree(stopped, tmp_path / "run")
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.name != ".lock"}
+    with folder_lock(out):
+        assert main(["resume", str(out)]) == 2
+    text = capfd.readouterr().err
+    assert f"another process is writing into {out}" in text
+    assert "Traceback" not in text
+    after = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.name != ".lock"}
+    assert {path: time for path, time in after.items() if path.is_file()} == {
+        path: time for path, time in before.items() if path.is_file()
+    }
+
+
+def test_a_run_on_a_full_disk_says_so(recipe, tmp_path, capfd):
+    """A real one: room for the start of a run, not for a checkpoint."""
+    small = tmp_path / "small"
+    small.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(small)], capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("no right to mount a small file system here")
+    try:
+        assert start(recipe, small / "run", FULL) == 1
+    finally:
+        subprocess.run(["umount", "-l", str(small)], check=True)
+    text = capfd.readouterr().err
+    assert "the disk is full while writing" in text
+    assert "Traceback" not in text
 
 
 def test_a_finished_run_is_not_resumed(undisturbed, capfd):

@@ -34,6 +34,7 @@ def spec(policy_folder) -> EngineSpec:
         config.num_tokens,
         config.pad_id,
         "float32",
+        max_prompt_length=64,
     )
 
 

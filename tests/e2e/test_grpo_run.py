@@ -289,6 +289,17 @@ def test_a_reward_that_always_raises_moves_nothing_and_ends_nothing(train, polic
     assert moved(out, policy_folder) == []
 
 
+def test_a_run_that_nothing_can_be_learnt_from_stops(train, policy_folder):
+    exit_code, out, _, stderr = train("train.steps=6", "save.every=1", code=RAISING)
+    assert exit_code == 1
+    assert "no picture of the last 3 steps could be scored" in stderr
+    assert "OSError: the judge is away" in stderr
+    assert "Traceback" not in stderr
+    assert len(steps(out)) == 2
+    assert (out / "checkpoints" / "step-000002").is_dir()
+    assert not (out / "policy").exists()
+
+
 def test_a_reward_that_fails_now_and_then_costs_those_samples_alone(train, policy_folder):
     exit_code, out, stdout, stderr = train("train.steps=4", code=NOW_AND_THEN)
     assert exit_code == 0, stderr

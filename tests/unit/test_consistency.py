@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from common.errors import RewardError
-from common.scene_world import BACKGROUND, COLORS
+from common.scene_world import BACKGROUND
 from data.scenes import Scene, SceneObject, render_scene
 from rewards import load_reward
 from rewards.consistency import consistency
@@ -187,7 +187,9 @@ def at(label, x, color=None):
 
 def test_the_changed_one_of_equal_objects_is_the_one_without_a_counterpart():
     asked = {"add": [{"class": "dog", "count": 1}]}
-    result = judge_edit(asked, [at("dog", 0), at("dog", 40)], [at("dog", 1), at("dog", 80), at("dog", 39)])
+    result = judge_edit(
+        asked, [at("dog", 0), at("dog", 40)], [at("dog", 1), at("dog", 80), at("dog", 39)]
+    )
     assert (result.success, result.boxes) == (1.0, ((80, 0, 90, 10),))
 
 

@@ -59,8 +59,8 @@ def test_safetensors_are_read_too(tiny_clip, tmp_path):
 
 
 def test_pick_score(tmp_path):
-    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
     from test_detectors import byte_level_clip_tokenizer
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
     tokenizer = byte_level_clip_tokenizer(tmp_path)
     tokenizer.model_max_length = 32
@@ -85,7 +85,9 @@ def test_pick_score(tmp_path):
     expected = []
     for picture, prompt in zip(PICTURES, PROMPTS, strict=True):
         with torch.inference_mode():
-            seen = network.get_image_features(**processor.image_processor(picture, return_tensors="pt"))
+            seen = network.get_image_features(
+                **processor.image_processor(picture, return_tensors="pt")
+            )
             read = network.get_text_features(**processor.tokenizer(prompt, return_tensors="pt"))
         seen, read = (getattr(x, "pooler_output", x)[0] for x in (seen, read))
         expected.append(100 * float(seen @ read / seen.norm() / read.norm()) / 26)

@@ -11,13 +11,16 @@ import torch
 from test_rollouts import engine_of
 from tiny_policy import write_recipe
 
-from common.errors import RunError
+from common.errors import DataError, RunError
+from common.progress import SilentProgress
+from data.prompts import draw_records
+from evals.suites import load_suite
 from policy.quiet import quiet_libraries
 from recipes import load_recipe
 from recipes.locate import located
 from rl.callbacks import InterruptCallback
 from rl.rollouts import Decode, Sampler
-from rl.run import _held_out, _records, _sync, resume, trainer_config
+from rl.run import _held_out, _sync, resume, trainer_config
 from rollout.engine import Sampling, WeightMismatch
 
 
@@ -28,10 +31,12 @@ def recipe_of(*overrides: str):
 # --- prompts -------------------------------------------------------------------------------------
 
 
+def drawn(steps, per_step=5, tasks=None, seed=0, source="scenes"):
+    return draw_records(source, "train", tasks, steps=steps, per_step=per_step, seed=seed)
+
+
 def test_a_step_s_prompts_depend_on_seed_and_step_alone():
-    short = _records(recipe_of("train.steps=3", "rollout.prompts_per_step=5"))
-    long = _records(recipe_of("train.steps=7", "rollout.prompts_per_step=5"))
-    other = _records(recipe_of("train.steps=3", "rollout.prompts_per_step=5", "seed=1"))
+    short, long, other = drawn(3), drawn(7), drawn(3, seed=1)
     assert len(short) == 15
     assert long[:15] == short
     assert other != short
@@ -39,24 +44,41 @@ def test_a_step_s_prompts_depend_on_seed_and_step_alone():
 
 
 def test_tasks_are_drawn_as_often_as_their_weights_say():
-    weights = "prompts.tasks={position: 3, counting: 1, colors: 0}"
-    records = _records(recipe_of("train.steps=60", "rollout.prompts_per_step=10", weights))
+    records = drawn(60, 10, {"position": 3, "counting": 1, "colors": 0})
     counts = Counter(record["metadata"]["tag"] for record in records)
     assert set(counts) == {"position", "counting"}
     assert 0.68 < counts["position"] / 600 < 0.82
-    plain = _records(recipe_of("train.steps=60", "rollout.prompts_per_step=10"))
-    counts = Counter(record["metadata"]["tag"] for record in plain)
+    counts = Counter(record["metadata"]["tag"] for record in drawn(60, 10))
     assert len(counts) == 6
     assert min(counts.values()) > 65
 
 
-def test_records_of_a_file_keep_their_columns_and_their_own_tags(tmp_path):
-    lines = [{"prompt": f"p{i}", "metadata": {"tag": "own"}, "size": i} for i in range(4)]
+@pytest.fixture
+def uneven(tmp_path) -> str:
+    """Nine records with one tag and one with another."""
+    lines = [
+        {"prompt": f"p{i}", "metadata": {"tag": "rare" if i == 9 else "common"}, "size": i}
+        for i in range(10)
+    ]
     path = tmp_path / "mine.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    records = _records(recipe_of(f"prompts.source={path}", "train.steps=9"))
-    assert {r["prompt"] for r in records} == {"p0", "p1", "p2", "p3"}
+    return str(path)
+
+
+def test_records_of_a_file_keep_their_columns_and_are_drawn_alike(uneven):
+    records = drawn(100, 10, source=uneven)
+    counts = Counter(record["prompt"] for record in records)
+    assert len(counts) == 10
+    # 1,000 draws of 1 in 10: 5 standard deviations are 47.
+    assert all(abs(count - 100) < 48 for count in counts.values())
     assert all(r["prompt"] == f"p{r['size']}" for r in records)
+    weighted = drawn(100, 10, {"rare": 1, "common": 1}, source=uneven)
+    assert 420 < sum(r["metadata"]["tag"] == "rare" for r in weighted) < 580
+
+
+def test_a_task_that_a_file_lacks_is_refused(uneven):
+    with pytest.raises(DataError, match=r"prompts\.tasks\.rre: no record.*has common, rare"):
+        drawn(1, 1, {"rre": 1, "common": 1}, source=uneven)
 
 
 # --- paths ---------------------------------------------------------------------------------------
@@ -141,7 +163,8 @@ def test_the_held_out_curve_is_drawn_with_the_weights_of_its_step(policy):
 
     recipe = recipe_of("evals.limit=3", "decode.eval.steps=1", "rollout.temperature=0.5", "seed=9")
     sampler = Sampler(policy, Watched(), Sampling(0.5), Decode(1, 1.0), run_seed=9)
-    held_out = _held_out(recipe, sampler, lambda step: events.append(("sync", step)))
+    suite = load_suite(recipe.evals.suite, recipe.evals.limit)
+    held_out = _held_out(recipe, suite, sampler, lambda step: events.append(("sync", step)))
     first, second = held_out(0), held_out(10)
     assert [event[:2] for event in events] == [
         ("sync", 0), ("generate", 1), ("sync", 10), ("generate", 1),
@@ -206,13 +229,17 @@ def test_libraries_are_quiet_inside_and_as_before_afterwards(policy, tmp_path, c
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_first_signal_is_noted_and_the_second_acts(number):
     before = signal.getsignal(number)
-    callback = InterruptCallback()
+    said: list[str] = []
+    progress = SilentProgress()
+    progress.line = said.append
+    callback = InterruptCallback(progress)
     control = type("Control", (), {"should_save": False, "should_training_stop": False})()
     try:
         callback.on_train_begin(None, None, control)
         callback.on_step_end(None, None, control)
         assert not control.should_training_stop
         signal.raise_signal(number)
+        assert said == ["stopping after this step; interrupt again to stop at once"]
         callback.on_step_end(None, None, control)
         assert control.should_save
         assert control.should_training_stop

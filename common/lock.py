@@ -1,0 +1,33 @@
+"""One process at a time in a folder."""
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from common.errors import UsageError
+
+LOCK = ".lock"
+
+
+@contextmanager
+def folder_lock(folder: Path) -> Iterator[None]:
+    """Hold `folder` (made if need be) for this process; UsageError if another process holds it.
+
+    The lock is the operating system's: it is gone with the process that held it, however that
+    ended. The empty file `.lock` stays.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(
+                f"another process is writing into {folder}.\n"
+                "    Fix: wait for it (`atelier watch` shows a run), or give another --out."
+            ) from None
+        yield
+    finally:
+        os.close(descriptor)
