@@ -45,9 +45,12 @@ def register(app: typer.Typer) -> None:
         """
         from cli import console
         from cli.policy_folder import find_policy
+        from common.errors import UsageError
         from evals.environment import command_line
         from evals.suites import load_suite
 
+        if engine == "vllm" and temperature > 2:
+            raise UsageError("vLLM samples at temperatures up to 2.\n    Fix: --temperature 2")
         chosen = load_suite(suite, options=parse_options(options or []))
         folder = find_policy(policy)
         name = out.name if out is not None else f"{_name(policy)}-{suite}"

@@ -113,6 +113,7 @@ def evaluate(
     }
     if _claim(out, identity):
         _take_over(out, progress)
+    if not (out / PROMPTS).is_file():
         records = (json.dumps(dict(r), ensure_ascii=False) + "\n" for r in suite.records)
         write_text(out / PROMPTS, "".join(records))
     done = _finished_samples(out)

@@ -33,13 +33,13 @@ def test_vllm_paints_the_same_pictures_where_chance_has_no_say(
 ) -> None:
     """With a sharp head and a low temperature both samplers take the most probable token."""
     with torch.no_grad():
-        policy.ar.lm_head.weight *= 50
+        policy.ar.lm_head.weight *= 20
     policy.save_pretrained(tmp_path / "sharp")
     own = pictures(policy, 0.01)
     with sampled_by("vllm", policy, tmp_path / "sharp") as painter:
         np.testing.assert_allclose(pictures(painter, 0.01), own, atol=2)
-        warm = pictures(painter, 50.0)
-        np.testing.assert_array_equal(pictures(painter, 50.0), warm)
+        warm = pictures(painter, 2.0)
+        np.testing.assert_array_equal(pictures(painter, 2.0), warm)
     assert np.abs(warm - own).max() > 2
 
 

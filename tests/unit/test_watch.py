@@ -127,10 +127,10 @@ def test_what_goes_wrong_raises_its_alarm_and_no_other(kind: str, changed: dict)
 
 
 def test_reward_up_and_held_out_down_is_called_out() -> None:
-    falling = [held_out(0, 0.4), held_out(10, 0.6), held_out(30, 0.45)]
+    falling = [held_out(0, 0.4), held_out(10, 0.6), held_out(30, 0.42)]
     found = alarms(HEALTHY, falling, groups=12)
     assert set(found) == {"reward hacking"}
-    assert "from 0.600 (step 10) to 0.450" in found["reward hacking"]
+    assert "from 0.600 (step 10) to 0.420" in found["reward hacking"]
     # With the reward falling too, it is not the reward that is gamed.
     worse = [row(step, reward=1 - 0.01 * step) for step in range(1, 31)]
     assert alarms(worse, falling, groups=12) == {}
