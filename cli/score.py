@@ -36,7 +36,7 @@ def register(app: typer.Typer) -> None:
         ),
         prompt: str | None = typer.Option(None, help="Prompt of the pictures that have none."),
         out: Path | None = typer.Option(
-            None, help="Folder for scores.jsonl and gallery.html. [default: scores, or a free name]"
+            None, help="Folder for scores.jsonl and gallery.html; by default a new one."
         ),
         cache: Path | None = typer.Option(
             None, help="File that keeps scores: equal pictures are not judged again."

@@ -14,7 +14,8 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from typing import Any
 
-from common.errors import AtelierError, RewardError
+from common.errors import RewardError
+from common.heavy import prepare_torchvision
 from rewards.contract import RewardFunction
 from rewards.hosting import Call
 from rewards.outcomes import Outcome, outcome_of, told, too_late
@@ -137,10 +138,12 @@ def _work(pipe: Connection, task: _Task) -> None:
     os.environ.update(dict.fromkeys(_ONE_THREAD, "1"))
     loop = asyncio.new_event_loop()
     try:
-        importlib.import_module(task.module) if ":" not in task.use else None
+        prepare_torchvision()
+        if ":" not in task.use:
+            importlib.import_module(task.module)  # a decorator there may give it its name
         function = load_reward(task.use, **task.args)
     except (Exception, SystemExit) as error:
-        pipe.send(str(error) if isinstance(error, AtelierError) else told(error))
+        pipe.send(told(error))
         return
     pipe.send("")
     while True:
@@ -148,7 +151,11 @@ def _work(pipe: Connection, task: _Task) -> None:
             call: Call = pipe.recv()
         except EOFError:
             return
-        pipe.send(_answer(function, call, loop))
+        answer = _answer(function, call, loop)
+        try:
+            pipe.send(answer)
+        except Exception as error:  # details that cannot be sent; nothing of them was
+            pipe.send(told(error))
 
 
 def _answer(function: RewardFunction, call: Call, loop: asyncio.AbstractEventLoop) -> Outcome:

@@ -31,6 +31,9 @@ def odd(images, prompts, target=0, note=None):
             sys.exit(3)
         if prompt == "hang":
             time.sleep(60)
+        if prompt == "lambda":
+            scores.append(Score(1.0, "", {"f": lambda: 0}))
+            continue
         if prompt == "raise":
             raise KeyError("gone")
         value = float("nan") if prompt == "nan" else np.float32(image.getpixel((0, 0))[0])
@@ -52,8 +55,9 @@ TROUBLE = {
     "exit": "ended with code 7",
     "sys.exit": "sys.exit(3)",
     "hang": "within 2 s",
-    "raise": "KeyError: 'gone' (odd.py:19)",
+    "raise": "KeyError: 'gone' (odd.py:22)",
     "nan": "nan",
+    "lambda": "pickle",
 }
 
 
@@ -79,12 +83,12 @@ def test_crash_hang_and_the_rest_cost_only_their_own_picture(file):
     prompts = ["fine", *TROUBLE, "fine"]
     spec = RewardSpec(f"{file}:odd", timeout_s=2, workers=1)
     with RewardRunner([spec], batch_size=3) as runner:
-        scored = runner.score(pictures(8), prompts, {"note": list("abcdefgh")})
-        assert parts(scored, "odd") == [0, *[None] * 6, 7]
+        scored = runner.score(pictures(9), prompts, {"note": list("abcdefghi")})
+        assert parts(scored, "odd") == [0, *[None] * 7, 8]
         for prompt, one in zip(prompts[1:-1], scored[1:-1], strict=True):
             assert TROUBLE[prompt] in one.reasons["odd"], prompt
         details = scored[-1].details["odd"]
-        assert details["note"] in "gh"  # of its own call, alone or in its batch
+        assert details["note"] in "ghi"  # of its own call, alone or in its batch
         assert details["pid"] != os.getpid()
     assert not multiprocessing.active_children()  # the one that hung was killed
 
