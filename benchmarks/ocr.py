@@ -42,9 +42,7 @@ def plaque(side: int) -> Image.Image:
 def latin_sign(word: str, side: int) -> Image.Image:
     picture = plaque(side)
     font = ImageFont.load_default(size=side * 0.27)
-    ImageDraw.Draw(picture).text(
-        (side / 2, side / 2), word, (24, 24, 28), font=font, anchor="mm"
-    )
+    ImageDraw.Draw(picture).text((side / 2, side / 2), word, (24, 24, 28), font=font, anchor="mm")
     return picture
 
 

@@ -142,9 +142,7 @@ def _equal_pixels(before: Image.Image, after: Image.Image, where: np.ndarray) ->
     return float((change <= 20)[where].mean())
 
 
-def _pair(
-    image: Image.Image, source: Image.Image | str
-) -> tuple[Image.Image, Image.Image]:
+def _pair(image: Image.Image, source: Image.Image | str) -> tuple[Image.Image, Image.Image]:
     before = Image.open(source) if isinstance(source, str) else source
     before = ImageOps.exif_transpose(before).convert("RGB")
     after = image.convert("RGB")
@@ -174,9 +172,7 @@ def _region(
     return [(x0 - dx, y0 - dy, x1 + dx, y1 + dy) for x0, y0, x1, y1 in boxes]
 
 
-def _mask(
-    boxes: Sequence[tuple[float, float, float, float]], size: tuple[int, int]
-) -> np.ndarray:
+def _mask(boxes: Sequence[tuple[float, float, float, float]], size: tuple[int, int]) -> np.ndarray:
     mask = np.zeros((size[1], size[0]), bool)
     for x0, y0, x1, y1 in boxes:
         mask[max(0, round(y0)) : max(0, round(y1)), max(0, round(x0)) : max(0, round(x1))] = True

@@ -45,7 +45,9 @@ def judge_edit(
     Colours count only if some clause names one; pass None otherwise.
     """
     groups = {"add": _grouped(after), "remove": _grouped(before)}
-    counts = {name: Counter({k: len(v) for k, v in group.items()}) for name, group in groups.items()}
+    counts = {
+        name: Counter({k: len(v) for k, v in group.items()}) for name, group in groups.items()
+    }
     changed = {
         "add": counts["add"] - counts["remove"],
         "remove": counts["remove"] - counts["add"],

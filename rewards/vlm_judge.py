@@ -96,9 +96,7 @@ def _filled(question: str, prompt: str, max_score: float) -> str:
         ) from error
 
 
-def _score(
-    answer: dict[str, Any] | JudgeFailure, max_score: float, cost: dict[str, Any]
-) -> Score:
+def _score(answer: dict[str, Any] | JudgeFailure, max_score: float, cost: dict[str, Any]) -> Score:
     if isinstance(answer, JudgeFailure):
         return Score(None, str(answer), {"cost": cost})
     details = {"answer": answer, "cost": cost}

@@ -26,9 +26,7 @@ class ClipColors:
     and cropped to its box; a colour's text feature is the mean over three templates.
     """
 
-    def __init__(
-        self, weights: str | None, revision: str | None, model: str, device: str
-    ) -> None:
+    def __init__(self, weights: str | None, revision: str | None, model: str, device: str) -> None:
         self._clip: OpenClip | None = None
         if weights is not None:
             self._clip = open_clip_model(model, weights, revision, device)
@@ -66,4 +64,4 @@ def cut_out(image: Image.Image, item: Detection) -> Image.Image:
     if item.mask is not None:
         grey = Image.new("RGB", picture.size, _GREY)
         picture = Image.composite(picture, grey, Image.fromarray(item.mask))
-    return picture.crop(item.box_xyxy)  # type: ignore[arg-type]  # Pillow rounds the edges
+    return picture.crop(item.box_xyxy)

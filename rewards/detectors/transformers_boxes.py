@@ -119,13 +119,11 @@ class _WordDetector(_BoxDetector):
         device: str = "cpu",
     ) -> None:
         self._classes = tuple(classes)
-        super().__init__(
-            weights, revision, color_weights, color_revision, color_model, device
-        )
+        super().__init__(weights, revision, color_weights, color_revision, color_model, device)
 
 
 class Owlv2(_WordDetector):
-    """OWLv2, asked for "a photo of a CLASS". Example: weights google/owlv2-base-patch16-ensemble."""
+    """OWLv2, asked for "a photo of a CLASS". Example: google/owlv2-base-patch16-ensemble."""
 
     name = "owlv2"
 

@@ -55,7 +55,9 @@ class ImageReward:
         path = find_file(weights, revision, what)
         parts = split(read_tensors(path, what))
         self._vision, self._text = _encoders(parts)
-        self._head = linear_head([value.shape for k, value in parts["mlp"].items() if "weight" in k])
+        self._head = linear_head(
+            [value.shape for k, value in parts["mlp"].items() if "weight" in k]
+        )
         modules = {"vision": self._vision, "text": self._text, "mlp": self._head}
         for name, module in modules.items():
             fill(module, parts[name], path, f"{what} ({name})")
@@ -177,7 +179,8 @@ def _encoders(parts: Mapping[str, Mapping[str, torch.Tensor]]) -> tuple[Any, Any
                 encoder_hidden_size=seen,
                 intermediate_size=inner,
                 num_hidden_layers=_depth(text, r"encoder\.layer\.(\d+)\."),
-                num_attention_heads=hidden // _HEAD_WIDTH,  # transformers' default is 8, BLIP has 12
+                num_attention_heads=hidden
+                // _HEAD_WIDTH,  # transformers' default is 8, BLIP has 12
                 max_position_embeddings=lengths,
                 is_decoder=True,  # builds the cross-attention; attention stays two-way
             ),

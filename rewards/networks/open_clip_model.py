@@ -28,7 +28,9 @@ class OpenClip:
         self, model: str, weights: str, revision: str | None = None, device: str = "cpu"
     ) -> None:
         if model not in open_clip.list_models():
-            raise RewardError(f"open_clip has no model `{model}`. Fix: see open_clip.list_models().")
+            raise RewardError(
+                f"open_clip has no model `{model}`. Fix: see open_clip.list_models()."
+            )
         what = f"open_clip {model}"
         path = find_file(weights, revision, what)
         self.sha256 = sha256(path)

@@ -407,8 +407,7 @@ def test_position_with_the_target_missing():
     assert "no target for dog" in result.reason
     assert result.soft == pytest.approx((0 + 1 + 0) / 3)
     # Here the server has no quirk: it appends one 0.
-    quirky = evaluate_like_flow_grpo(
-        POSITION, [Detection("dog", 0.9, box(-5, 0))], no_color)
+    quirky = evaluate_like_flow_grpo(POSITION, [Detection("dog", 0.9, box(-5, 0))], no_color)
     assert quirky.soft == pytest.approx(1 / 3)
 
 
