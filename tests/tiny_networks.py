@@ -30,6 +30,20 @@ def save_tiny_clip(folder: Path, name: str = "tiny-clip") -> dict[str, str]:
     return {"model": name, "weights": str(weights)}
 
 
+def byte_level_clip_tokenizer(folder: Path):
+    """A CLIP tokenizer whose words are single bytes."""
+    from transformers import CLIPTokenizer
+
+    table = "".join(map(chr, range(33, 127)))
+    vocabulary = {c: i for i, c in enumerate([*table, *(f"{c}</w>" for c in table)])}
+    vocabulary |= {"<|startoftext|>": len(vocabulary), "<|endoftext|>": len(vocabulary) + 1}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    return CLIPTokenizer(
+        str(folder / "vocab.json"), str(folder / "merges.txt"), pad_token="<|endoftext|>"
+    )
+
+
 def tiny_mask2former():
     """Return a small `Mask2FormerForUniversalSegmentation` for 80 classes, seed 0."""
     from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig

@@ -64,4 +64,4 @@ def cut_out(image: Image.Image, item: Detection) -> Image.Image:
     if item.mask is not None:
         grey = Image.new("RGB", picture.size, _GREY)
         picture = Image.composite(picture, grey, Image.fromarray(item.mask))
-    return picture.crop(item.box_xyxy)  # type: ignore[arg-type]  # Pillow rounds the edges
+    return picture.crop(item.box_xyxy)

@@ -24,7 +24,8 @@ _MASK_FLOOR = 0.1
 """Masks of detections below are not kept: no rule looks at them, and 100 of them fill memory."""
 _LONG_SIDE, _SHORT_SIDE = 1333, 800
 _DIVISOR = 32
-_MEAN, _STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+_MEAN = np.array((123.675, 116.28, 103.53), np.float32)
+_STD = np.array((58.395, 57.12, 57.375), np.float32)
 
 
 class Mask2Former:
@@ -96,7 +97,7 @@ def prepare(
     scale = min(long_side / max(array.shape[:2]), short_side / min(array.shape[:2]))
     height, width = (int(side * scale + 0.5) for side in array.shape[:2])
     scaled = cv2.resize(array, (width, height), interpolation=cv2.INTER_LINEAR)
-    normal = (scaled.astype(np.float32) - np.float32(_MEAN)) / np.float32(_STD)
+    normal = (scaled.astype(np.float32) - _MEAN) / _STD
     pixels = torch.from_numpy(normal).permute(2, 0, 1)[None]
     return pad(pixels, (0, -width % _DIVISOR, 0, -height % _DIVISOR)), (height, width)
 

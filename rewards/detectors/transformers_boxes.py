@@ -123,7 +123,7 @@ class _WordDetector(_BoxDetector):
 
 
 class Owlv2(_WordDetector):
-    """OWLv2, asked for "a photo of a CLASS". Example: weights google/owlv2-base-patch16-ensemble."""
+    """OWLv2, asked for "a photo of a CLASS". Example: google/owlv2-base-patch16-ensemble."""
 
     name = "owlv2"
 

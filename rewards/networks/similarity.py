@@ -21,6 +21,9 @@ from rewards.networks.weights import does_not_fit, fill, find_file, from_pretrai
 
 Compare = Callable[[Image.Image, Image.Image, np.ndarray], float]
 
+_BACKBONES = {"alex": "alexnet", "vgg": "vgg16", "squeeze": "squeezenet1_1"}
+"""LPIPS' names of torchvision's networks."""
+
 
 def load(measure: str, args: Mapping[str, Any] | None) -> Compare:
     """Return the measure "ssim", "lpips", "clip" or "dino", its network made with `args`.
@@ -64,16 +67,14 @@ def ssim(before: Image.Image, after: Image.Image, where: np.ndarray) -> float:
 class Lpips:
     """1 - LPIPS (Zhang et al. 2018). torchmetrics brings the linear heads, not the backbone."""
 
-    _BACKBONES = {"alex": "alexnet-owt", "vgg": "vgg16", "squeeze": "squeezenet1_1"}
-
     def __init__(
         self, weights: str, net: str = "alex", revision: str | None = None, device: str = "cpu"
     ) -> None:
         from torchmetrics.functional.image.lpips import _NoTrainLpips
 
-        if net not in self._BACKBONES:
-            raise RewardError(f"lpips: net is `{net}`. Fix: {', '.join(self._BACKBONES)}.")
-        what = f"lpips backbone ({self._BACKBONES[net]} of torchvision, ImageNet weights)"
+        if net not in _BACKBONES:
+            raise RewardError(f"lpips: net is `{net}`. Fix: {', '.join(_BACKBONES)}.")
+        what = f"lpips backbone ({_BACKBONES[net]} of torchvision, ImageNet weights)"
         path = find_file(weights, revision, what)
         published = read_tensors(path, what)
         # `pnet_rand` keeps it from downloading. The slices hold the layers under their own numbers.

@@ -99,7 +99,7 @@ def test_a_wrong_object_earns_the_share_of_changes_that_are_right(asked, wrong, 
 
 
 def test_the_order_of_the_four_kinds_of_outcome():
-    """Identity copy, right edit, wrong object, background destroyed: one number tells them apart."""
+    """Identity copy, right edit, wrong object, destroyed: one number tells them apart."""
     right = RIGHT_EDITS[0][1]
     wrong = painted(SceneObject("cross", "orange", (1, 1)), RING)
     values = {
@@ -256,7 +256,7 @@ def test_lpips_is_the_published_one(small_networks):
 
     network = _NoTrainLpips(net="squeeze", pnet_rand=True)
     published = torch.load(small_networks["lpips"]["weights"], weights_only=True)
-    for index, part in enumerate(network.net.slices):
+    for part in network.net.slices:
         for number, layer in part.named_children():
             prefix = f"features.{number}."
             layer.load_state_dict(
@@ -274,7 +274,7 @@ def test_lpips_is_the_published_one(small_networks):
 
 
 def test_a_missing_backbone_says_what_it_is():
-    with pytest.raises(RewardError, match="lpips backbone.*alexnet.*no file"):
+    with pytest.raises(RewardError, match=r"lpips backbone.*alexnet.*no file"):
         score(SOURCE, ADD, measures=["lpips"], networks={"lpips": {"weights": "/nowhere/a.pth"}})
 
 

@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_networks import as_mmdet, as_unfolded, tiny_mask2former
+from tiny_networks import (
+    as_mmdet,
+    as_unfolded,
+    byte_level_clip_tokenizer,
+    tiny_mask2former,
+)
 
 from common.errors import RewardError
 from rewards.detector import Detection, load_detector
@@ -351,20 +356,6 @@ def test_boxes_of_one_object_are_merged_and_others_kept():
 
 
 WORDS = ("person", "tv remote", "fire hydrant")
-
-
-def byte_level_clip_tokenizer(folder):
-    """A CLIP tokenizer whose words are single bytes."""
-    from transformers import CLIPTokenizer
-
-    table = "".join(map(chr, range(33, 127)))
-    vocabulary = {c: i for i, c in enumerate([*table, *(f"{c}</w>" for c in table)])}
-    vocabulary |= {"<|startoftext|>": len(vocabulary), "<|endoftext|>": len(vocabulary) + 1}
-    (folder / "vocab.json").write_text(json.dumps(vocabulary))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    return CLIPTokenizer(
-        str(folder / "vocab.json"), str(folder / "merges.txt"), pad_token="<|endoftext|>"
-    )
 
 
 @pytest.fixture(scope="module")

@@ -128,7 +128,7 @@ def test_boxes_are_in_the_pixels_of_the_picture_whatever_its_size():
 
 
 def test_detector_arguments_are_checked():
-    with pytest.raises(RewardError, match="no argument `wieghts`.*`weights`"):
+    with pytest.raises(RewardError, match=r"no argument `wieghts`.*`weights`"):
         load_detector("mask2former", {"wieghts": "x"})
     with pytest.raises(RewardError, match="needs `weights`"):
         load_detector("mask2former")

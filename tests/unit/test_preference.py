@@ -2,11 +2,14 @@
 
 import json
 import math
+from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_networks import byte_level_clip_tokenizer
 
 from common.errors import RewardError
 from rewards import load_reward
@@ -59,7 +62,6 @@ def test_safetensors_are_read_too(tiny_clip, tmp_path):
 
 
 def test_pick_score(tmp_path):
-    from test_detectors import byte_level_clip_tokenizer
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
     tokenizer = byte_level_clip_tokenizer(tmp_path)
@@ -103,7 +105,7 @@ def test_aesthetic_is_five_linear_layers_on_the_clip_feature(tiny_clip, clip_fea
     torch.manual_seed(1)
     widths = [32, 24, 16, 8, 4, 1]
     layers = {}
-    for number, (inputs, outputs) in zip([0, 2, 4, 6, 7], zip(widths, widths[1:]), strict=True):
+    for number, (inputs, outputs) in zip([0, 2, 4, 6, 7], pairwise(widths), strict=True):
         layers[f"layers.{number}.weight"] = torch.randn(outputs, inputs)
         layers[f"layers.{number}.bias"] = torch.randn(outputs)
     torch.save(layers, tmp_path / "head.pth")
@@ -206,7 +208,7 @@ def image_reward_files(tmp_path_factory):
     text = bert_state(len(words) + 2, 2, 128, seed=4)
     head = {}
     widths = [128, 20, 12, 8, 4, 1]
-    for number, (inputs, outputs) in zip([0, 2, 4, 6, 7], zip(widths, widths[1:]), strict=True):
+    for number, (inputs, outputs) in zip([0, 2, 4, 6, 7], pairwise(widths), strict=True):
         head[f"{number}.weight"] = torch.randn(outputs, inputs)
         head[f"{number}.bias"] = torch.randn(outputs)
     state = {f"blip.visual_encoder.{k}": v for k, v in vit.state_dict().items()}
@@ -285,7 +287,7 @@ def test_missing_weights_are_named(name, args):
 
 
 def test_damaged_weights_are_refused(tiny_clip, tmp_path):
-    whole = open(tiny_clip["weights"], "rb").read()
+    whole = Path(tiny_clip["weights"]).read_bytes()
     (tmp_path / "cut.pt").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(RewardError, match=r"cut\.pt cannot be loaded"):
         clip_score(PICTURES, PROMPTS, str(tmp_path / "cut.pt"), tiny_clip["model"])
