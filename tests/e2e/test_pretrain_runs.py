@@ -208,7 +208,7 @@ def test_too_many_bad_samples_stop_the_run(run, tmp_path):
 
 def test_shards_with_too_many_torn_samples_are_refused_and_leave_no_run(run, tmp_path):
     members = [*numbered(20), ("a.png", png()), ("b.png", png())]
-    with pytest.raises(DataError, match=r"2 of the 22 samples.*a: no caption") as caught:
+    with pytest.raises(DataError, match=r"(?s)2 of the 22 samples.*a: no caption") as caught:
         run(source=write_tar(tmp_path / "s" / "a.tar", members))
     assert "Fix:" in str(caught.value)
     assert not (tmp_path / "run").exists()
