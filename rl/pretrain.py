@@ -57,6 +57,9 @@ class JointTrainer(Trainer):
     """`transformers.Trainer` on `JointLoss`: logs both losses apart, encodes pictures, counts bad
     samples, and writes checkpoints that hold the trained weights whole."""
 
+    optimizer: torch.optim.Optimizer | None
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None
+
     def __init__(
         self,
         *args: Any,
@@ -154,7 +157,7 @@ class JointTrainer(Trainer):
         """Return the recipe's schedule on the optimizer, as DeepSpeed may have wrapped it."""
         if self.lr_scheduler is None:
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-                optimizer or self.optimizer, self._factor
+                optimizer or self.create_optimizer(), self._factor
             )
         return self.lr_scheduler
 

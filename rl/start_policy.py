@@ -47,7 +47,7 @@ _EDIT_TEMPLATES = (
         "Please edit {images} according to the following instruction: {prompt}.\n"
         "<|vision_start|>{references}<|vision_end|>",
     ),
-    ("{prompt}", "{references}{prompt}"),
+    ("{prompt}", "{prompt}{references}"),
 )
 
 

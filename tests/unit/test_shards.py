@@ -1,6 +1,7 @@
 """Shards: finding and indexing them, the order of samples, and every kind of bad input."""
 
 import collections
+import contextlib
 import tarfile
 from pathlib import Path
 
@@ -27,7 +28,7 @@ def number(sample) -> int:
     return red
 
 
-# --- finding ------------------------------------------------------------------------------------
+# --- finding -----------------------------------------------------------------------------
 
 
 def test_a_folder_a_glob_a_range_and_a_file_mean_shards(tmp_path):
@@ -48,7 +49,7 @@ def test_a_missing_shard_is_an_error_that_names_it(tmp_path, pattern):
     assert "Fix:" in str(caught.value)
 
 
-# --- the order ----------------------------------------------------------------------------------
+# --- the order ---------------------------------------------------------------------------
 
 
 def test_an_epoch_has_every_sample_once_and_the_next_one_another_order(tmp_path):
@@ -76,7 +77,7 @@ def test_every_place_of_an_epoch_is_another_row(counts, seed):
     assert sorted(shards.row(total + p) for p in range(total)) == list(range(total))
 
 
-# --- what a sample is -----------------------------------------------------------------------------
+# --- what a sample is --------------------------------------------------------------------
 
 
 def test_edits_have_a_reference(tmp_path):
@@ -105,7 +106,7 @@ def test_a_sample_without_all_its_members_is_a_fault_with_its_key(tmp_path):
         build_index([path], references=True)
 
 
-# --- shards that are damaged ------------------------------------------------------------------------
+# --- shards that are damaged -------------------------------------------------------------
 
 
 @pytest.mark.parametrize("cut", ["in a picture", "in a header", "between samples", "no end mark"])
@@ -144,7 +145,7 @@ def test_a_shard_with_a_broken_header_or_none_is_reported(tmp_path):
     assert not any("good" in fault for fault in index.faults)
 
 
-# --- samples that are damaged ----------------------------------------------------------------------
+# --- samples that are damaged ------------------------------------------------------------
 
 
 BAD = {
@@ -184,13 +185,11 @@ def test_damaged_bytes_are_a_picture_or_unreadable_and_nothing_else(seed, flips,
     data = bytearray(encoded(Image.effect_mandelbrot((24, 18), (-3, -2.5, 2, 2.5), 40), kind))
     for _ in range(flips):
         data[rng.integers(len(data))] = rng.integers(256)
-    try:
+    with contextlib.suppress(UnreadablePicture):
         assert read_picture(bytes(data)).mode == "RGB"
-    except UnreadablePicture as error:
-        assert str(error)
 
 
-# --- pictures of every kind --------------------------------------------------------------------------
+# --- pictures of every kind --------------------------------------------------------------
 
 
 def test_a_grayscale_picture_is_gray_in_all_channels():

@@ -1,0 +1,136 @@
+"""DDP and DeepSpeed's ZeRO with two real processes: the same losses, the same pictures."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from picture_folder import write_scenes
+from safetensors.torch import load_file
+
+from common.journal import read_journal
+from data.packing import pack
+from policy import Policy
+from recipes import load_recipe
+from rl.build import build
+from rl.start_policy import export_policy
+
+pytest.importorskip("deepspeed")
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 20
+LORA = "policy.lora={rank: 4}"
+RUNS = {
+    "two": "",
+    "zero1": "train.deepspeed=zero1",
+    "zero2": "train.deepspeed=zero2",
+    "zero3": "train.deepspeed=zero3",
+    "two-lora": LORA,
+    "zero2-lora": f"train.deepspeed=zero2;{LORA}",
+    "zero3-lora": f"train.deepspeed=zero3;{LORA}",
+}
+RECIPE = """
+version: 1
+kind: pretrain
+name: curve
+seed: 3
+policy: {{path: {policy}, device: cpu}}
+data: {{source: {shards}}}
+train: {{steps: 20, batch_size: 8, learning_rate: 1e-3, warmup_steps: 4, decay_steps: 8}}
+save: {{every: 10, keep_last: 2}}
+log: {{every: 1}}
+"""
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, policy_folder: Path) -> Path:
+    """All runs, the single ones in this process and the others in one launch of two."""
+    folder = tmp_path_factory.mktemp("zero")
+    pack(write_scenes(folder / "scenes", 90), folder / "shards", per_shard=40)
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(RECIPE.format(policy=policy_folder, shards=folder / "shards"))
+    for name, overrides in (("one", []), ("one-lora", [LORA])):
+        build(load_recipe(recipe, overrides), folder / name)
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONWARNINGS": "ignore",
+    }
+    result = subprocess.run(
+        [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+            str(ROOT / "tests" / "zero_worker.py"), str(recipe), str(folder),
+            *(f"{name}:{overrides}" for name, overrides in RUNS.items()),
+        ],
+        env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-4000:]
+    return folder
+
+
+def losses(run_dir: Path) -> list[float]:
+    rows = [row for row in read_journal(run_dir / "metrics.jsonl") if "loss" in row]
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    return [row["loss"] for row in rows]
+
+
+def single(name: str) -> str:
+    return "one-lora" if name.endswith("lora") else "one"
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_losses_are_those_of_one_process(runs: Path, name: str) -> None:
+    curve = losses(runs / single(name))
+    assert losses(runs / name) == pytest.approx(curve, abs=1e-5)
+    assert curve[-1] < curve[0] - 2  # much was learnt, so there was much to disagree about
+
+
+def test_adapters_learn_something_else_than_all_weights(runs: Path) -> None:
+    assert (
+        max(
+            abs(a - b) for a, b in zip(losses(runs / "one"), losses(runs / "one-lora"), strict=True)
+        )
+        > 0.1
+    )
+
+
+@pytest.mark.parametrize("name", ["zero2", "zero3", "zero3-lora"])
+def test_the_policy_renders_the_pictures_of_the_single_process(runs: Path, name: str) -> None:
+    prompts = ["a photo of a red circle", "a photo of two squares", 'a sign that says "CAB"']
+    policies = [Policy.from_pretrained(runs / run / "policy") for run in (single(name), name)]
+    # The tokens are drawn once: two samplers of nearly equal weights may fall to either side.
+    ids = policies[0].prompt_ids(prompts)
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(64, (3, 36), generator=generator) + policies[0].config.image_start_id
+    pictures = [p.render(p.condition_rows(ids, codes), seed=1) for p in policies]
+    torch.testing.assert_close(pictures[1], pictures[0], atol=1e-3, rtol=0)
+    untrained = Policy.from_pretrained(load_recipe(runs / "recipe.yaml").recipe.policy.path)
+    before = untrained.render(untrained.condition_rows(ids, codes), seed=1)
+    assert float((before - pictures[0]).abs().max()) > 0.05
+
+
+def test_zero3_divides_the_weights_and_a_checkpoint_still_holds_them_whole(runs: Path) -> None:
+    checkpoint = runs / "zero3" / "checkpoints" / "step-000020"
+    shards = sorted(checkpoint.rglob("zero_pp_rank_*_model_states.pt"))
+    assert len(shards) == 2  # one for each process: the weights were divided
+    whole = load_file(checkpoint / "model.safetensors")
+    trained = Policy.from_pretrained(runs / "zero3" / "policy").state_dict()
+    assert len(whole) > 10
+    assert all(torch.equal(trained[name], tensor) for name, tensor in whole.items())
+
+
+def test_a_zero3_checkpoint_from_the_middle_becomes_a_policy(runs: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(runs / "zero3" / "recipe.yaml").recipe
+    policies = []
+    for name in ("zero3", "one"):
+        export_policy(recipe, runs / name / "checkpoints" / "step-000010", tmp_path / name)
+        policies.append(Policy.from_pretrained(tmp_path / name))
+    images = [policy.generate(["a photo of a red circle"], seed=5) for policy in policies]
+    final = Policy.from_pretrained(runs / "one" / "policy").generate(
+        ["a photo of a red circle"], seed=5
+    )
+    assert images[0][0].tobytes() == images[1][0].tobytes()
+    assert images[0][0].tobytes() != final[0].tobytes()
