@@ -28,8 +28,9 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         """Turn a published checkpoint into a policy folder, or a policy back into one."""
         from cli import console
-        from cli.policy_folder import find_policy, read_parts
+        from cli.policy_folder import find_policy
         from common.errors import UsageError
+        from policy.anatomy import read_parts
 
         if out.exists():
             raise UsageError(f"{out} exists already.\n    Fix: give --out another name.")

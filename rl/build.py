@@ -3,16 +3,17 @@
 Each stage reads a policy folder, trains some of its parts and writes a policy folder.
 """
 
-import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from common.atomic import write_text
+from common.atomic import atomic_dir, write_text
 from common.errors import RunError
 from common.journal import Journal
+from common.lock import folder_lock
 from common.processes import is_main_process
 from common.progress import Progress, SilentProgress
 from common.seeds import counter_seed
@@ -73,16 +74,15 @@ def build(loaded: LoadedRecipe, run_dir: Path, progress: Progress | None = None)
         return
     assert isinstance(recipe, CodecRecipe)
     policy = load_start(recipe.policy.path, recipe.seed)
-    log = RunLog(recipe, run_dir, progress)
-    log.begin()
-    _train_codec(policy, recipe, log)
-    progress.finish("train")
-    stages = [*policy.config.provenance.get("stages", []), recipe.name]
-    policy.config = replace(policy.config, provenance={"stages": stages, "seed": recipe.seed})
-    staged = run_dir / "policy.partial"
-    shutil.rmtree(staged, ignore_errors=True)
-    policy.save_pretrained(staged)
-    staged.rename(run_dir / "policy")
+    with folder_lock(run_dir):
+        log = RunLog(recipe, run_dir, progress)
+        log.begin()
+        _train_codec(policy, recipe, log)
+        progress.finish("train")
+        stages = [*policy.config.provenance.get("stages", []), recipe.name]
+        policy.config = replace(policy.config, provenance={"stages": stages, "seed": recipe.seed})
+        with atomic_dir(run_dir / "policy") as staged:
+            policy.save_pretrained(staged)
 
 
 def resume(run_dir: Path, progress: Progress | None = None) -> None:
@@ -113,17 +113,15 @@ def _pretrain(
     if not main:
         progress = SilentProgress()
     done = None if checkpoint is None else step_of(checkpoint)
-    with quiet_libraries():
+    with quiet_libraries(), folder_lock(run_dir) if main else nullcontext():
         pretrain(recipe, run_dir, RunLog(recipe, run_dir, progress, done), progress, checkpoint)
         progress.finish("train")
         if not main:
             return
         newest, _ = newest_valid(run_dir / "checkpoints")
         assert newest is not None
-        staged = run_dir / "policy.partial"
-        shutil.rmtree(staged, ignore_errors=True)
-        export_policy(recipe, newest, staged)
-        staged.rename(run_dir / "policy")
+        with atomic_dir(run_dir / "policy") as staged:
+            export_policy(recipe, newest, staged)
 
 
 def _located(recipe: PretrainRecipe) -> PretrainRecipe:

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from policy.anatomy import Anatomy, Part
-from recipes.schema_grpo import GrpoRecipe, LoraSection
+from recipes.schema_common import LoraSection
+from recipes.schema_grpo import GrpoRecipe
 
 
 @dataclass(frozen=True, slots=True)

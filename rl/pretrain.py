@@ -256,7 +256,7 @@ def pretrain(
     ema = EmaCallback(named, train.ema) if train.ema else None
     if ema is not None and checkpoint is not None:
         ema.load(checkpoint)
-    interrupt = AgreedInterrupt()
+    interrupt = AgreedInterrupt(progress)
     callbacks: list[TrainerCallback] = [interrupt]
     if train.deepspeed == "zero3":
         callbacks.append(WholeHead())

@@ -1,7 +1,8 @@
 """Whether a run fits, and the one change that makes it fit."""
 
 from policy.anatomy import Anatomy
-from recipes.schema_grpo import GrpoRecipe, LoraSection
+from recipes.schema_common import LoraSection
+from recipes.schema_grpo import GrpoRecipe
 from rl.memory import Memory, Sharding, grpo_memory
 
 GPUS = {"H100": 81_559 * 2**20, "H200": 143_771 * 2**20}
