@@ -77,7 +77,7 @@ def table(comparison: dict[str, Any]) -> list[str]:
             lines.append("")
         lines.append(f"{name:<{width}}{_numbers(entry)}  {entry['verdict']}")
     lines += ["", comparison["overall"]["verdict_text"]]
-    lines.append("finds: the true difference that these prompts find four times in five")
+    lines.append("finds: the true difference that these prompts tell from 0 four times in five")
     if differing := comparison["settings_that_differ"]:
         told = ", ".join(f"{key} {old} -> {new}" for key, (old, new) in differing.items())
         lines.append(f"sampled differently: {told}")

@@ -131,7 +131,9 @@ def paired_difference(
     """Return the mean of after - before, both [n] on the same prompts and seeds.
 
     The pairing is kept in every resample: a prompt carries all its pairs with it. `clusters` and
-    `strata` as in `mean_interval`.
+    `strata` as in `mean_interval`. If all clusters differ by the same, resampling shows no spread:
+    the interval then allows for the share of other clusters that as many equal ones leave open
+    (Clopper-Pearson), each as far off as values of the range seen, or of [0, 1], can be.
     """
     first, second = _finite(before), _finite(after)
     if first.shape != second.shape:
@@ -143,8 +145,15 @@ def paired_difference(
     p_value = _sign_flip_p_value(groups, resamples, seed)
     if min(group.size for group in groups) < 2:
         return Difference(mean, None, None, None, total, change.size, p_value, None)
-    low, high = _bootstrap_bounds(groups, confidence, resamples, seed)
     error = _standard_error(groups)
+    if error < 1e-12:
+        values = np.concatenate([first, second])
+        span = 1.0 if 0 <= values.min() and values.max() <= 1 else float(np.ptp(values))
+        reach = 2 * span * _exact_bounds(0, total, confidence)[1]
+        return Difference(
+            mean, mean - reach, mean + reach, 0.0, total, change.size, p_value, reach
+        )
+    low, high = _bootstrap_bounds(groups, confidence, resamples, seed)
     detectable = minimum_detectable_effect(error, total - len(groups), alpha=1 - confidence)
     return Difference(mean, low, high, error, total, change.size, p_value, detectable)
 

@@ -149,12 +149,13 @@ def verdict(
     """Return a code ("better", "worse", "not shown") and a sentence.
 
     A side is named only if the interval excludes 0, the (adjusted) p-value is below `alpha` and
-    the difference is at least what this many prompts can detect.
+    the difference is at least the detectable one. A true difference of just that size is told from
+    0 four times in five, but named only about every second time, when it is measured that large.
     """
     detectable = difference.minimum_detectable
     if difference.low is None or difference.high is None or detectable is None:
         return "not shown", "Fewer than two prompts in a task: no difference can be shown."
-    could = f"A true difference of {detectable:.3f} would be found four times in five."
+    could = f"A true difference of {detectable:.3f} would be told from 0 four times in five."
     if difference.low <= 0 <= difference.high:
         return "not shown", f"No difference shown: the interval includes 0. {could}"
     if p_value >= alpha:

@@ -1,6 +1,7 @@
 """The hash that says which policy made a picture."""
 
 import hashlib
+import json
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -8,13 +9,15 @@ if TYPE_CHECKING:
 
 
 def policy_hash(policy: "nn.Module") -> str:
-    """Return 32 hex digits over every weight of the policy (name, type, shape and bytes).
+    """Return 32 hex digits over the policy's settings and weights (name, type, shape and bytes).
 
     Two policies with the same hash paint the same pictures from the same seeds and settings.
     """
     import torch
 
     digest = hashlib.blake2b(digest_size=16)
+    settings = policy.settings() if hasattr(policy, "settings") else {}
+    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, tensor in sorted(policy.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)

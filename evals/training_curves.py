@@ -10,6 +10,7 @@ import numpy as np
 
 from common.errors import RunError
 from common.journal import read_journal
+from evals.alarms import headline
 
 SMALL_CHARTS = {
     "reward_std": "Spread of the reward",
@@ -73,11 +74,12 @@ def load_training(run_dir: Path) -> Training:
         )
     recipe = run_dir / "recipe.yaml"
     reward = _points(steps, "reward")
-    evaluated = _points(held_out, "strict")
+    metric = headline(held_out[-1]) if held_out else None
+    evaluated = _points(held_out, metric) if metric else []
     lines = {"reward, each step": ("raw", reward, False)}
     lines["reward, running mean"] = ("s1", _running_mean(reward, max(1, len(reward) // 12)), False)
     if evaluated:
-        lines["held-out, strict"] = ("s2", evaluated, True)
+        lines[f"held-out, {metric}"] = ("s2", evaluated, True)
     small = [
         line_chart(title, {title: ("s1", points, False)})
         for key, title in SMALL_CHARTS.items()

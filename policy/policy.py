@@ -3,6 +3,7 @@
 import copy
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -128,6 +129,26 @@ class Policy(nn.Module):
         (folder / "scheduler" / "scheduler_config.json").write_text(
             json.dumps(self.scheduler_config, indent=2) + "\n"
         )
+
+    def settings(self) -> dict[str, Any]:
+        """Return what decides a picture besides weights and sampling: all parts' configurations.
+
+        Where the policy comes from and which library versions wrote it are left out.
+        """
+        parts = {
+            "ar": self.ar.config.to_dict(),
+            "diffusion": dict(self.diffusion.config),
+            "vae": dict(self.vae.config),
+            "scheduler": self.scheduler_config,
+            "image_tokenizer": self.image_tokenizer.config,
+        }
+        facts = asdict(self.config)
+        del facts["provenance"]
+        return {
+            "policy": facts,
+            "tokenizer": self.tokenizer.backend_tokenizer.to_str(),
+            **{name: _without_origin(config) for name, config in parts.items()},
+        }
 
     # --- text ------------------------------------------------------------------------------
 
@@ -355,6 +376,15 @@ class Policy(nn.Module):
         return to_images(
             self.render(hidden, noise=noise, steps=steps, guidance=guidance, references=references)
         )
+
+
+def _without_origin(config: dict[str, Any]) -> dict[str, Any]:
+    """Leave out a library's notes on versions, paths and number formats."""
+    return {
+        key: value
+        for key, value in config.items()
+        if not key.startswith("_") and key not in ("transformers_version", "dtype", "torch_dtype")
+    }
 
 
 def _read(folder: Path, load: Callable[[Path], _T]) -> _T:

@@ -9,6 +9,16 @@ from typing import Any
 from common.errors import RewardError
 from rewards.contract import Score
 
+
+
+class BrokenContract(str):
+    """The reason for a call whose return value has the wrong type or length.
+
+    Such a function is not asked again picture by picture: of one picture, a function that returns
+    the mean of its batch looks as if it kept the contract.
+    """
+
+
 Outcome = list[Score] | str
 """The scores of a call, one for each picture, or why the call failed as a whole."""
 
@@ -18,9 +28,9 @@ def outcome_of(value: Any, length: int) -> Outcome:
     if hasattr(value, "tolist"):  # a NumPy array or a torch tensor
         value = value.tolist()
     if not isinstance(value, list | tuple):
-        return f"it returned {type(value).__name__} instead of a list of scores"
+        return BrokenContract(f"it returned {type(value).__name__} instead of a list of scores")
     if len(value) != length:
-        return f"it returned {len(value)} scores for {length} images"
+        return BrokenContract(f"it returned {len(value)} scores for {length} images")
     return [_one_score(item) for item in value]
 
 

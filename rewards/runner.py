@@ -34,7 +34,7 @@ from rewards.cache import ScoreCache, image_digest, reward_identity, score_key
 from rewards.composition import Composition
 from rewards.contract import RewardFunction, Score
 from rewards.hosting import Call, Host, ThreadHost
-from rewards.outcomes import Outcome
+from rewards.outcomes import BrokenContract, Outcome
 from rewards.plugins import load_reward
 from rewards.spec import RewardSpec
 from rewards.workers import WorkerHost
@@ -275,8 +275,16 @@ class RewardRunner:
         rest = [place for place in places if place not in scores]
         judged, again = _call(part, batch, rest, len(rest) if whole else self._batch_size)
         if not whole and self._batch_size > 1 and len(rest) > 1:
-            retried, again = _call(part, batch, list(again), 1)
+            singly = [i for i, why in again.items() if not isinstance(why, BrokenContract)]
+            for reason in sorted({again[i] for i in singly}):
+                _LOG.warning(
+                    "reward `%s`: a call failed (%s); its images are scored one by one",
+                    part.name,
+                    reason,
+                )
+            retried, failed = _call(part, batch, singly, 1)
             judged |= retried
+            again = {i: why for i, why in again.items() if i not in judged} | failed
         part.failed_rounds = 0 if judged or not rest else part.failed_rounds + 1
         return scores | judged | {i: Score(None, reason) for i, reason in again.items()}
 

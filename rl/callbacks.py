@@ -106,9 +106,8 @@ class HeldOutCallback(TrainerCallback):
 
     def _run(self, step: int) -> None:
         row = self.held_out(step)
-        name = next(iter(row))  # a suite's first metric decides
-        self.journal.write({"event": "eval", "step": step, "headline": name, **row})
-        headline = _rounded(row[name])
+        self.journal.write({"event": "eval", "step": step, **row})
+        headline = _rounded(next(iter(row.values())))  # a suite's first metric decides
         self.progress.line(f"step {step}: held-out {headline}")
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from common.errors import PolicyError
+from evals.policy_hash import policy_hash
 from policy import Policy
 from policy.policy import to_images
 
@@ -346,3 +348,19 @@ def test_the_path_of_the_shipped_base_is_inside_the_package():
     import policy as package
 
     assert package.base_path() == Path(package.__file__).parent / "base"
+
+
+def test_the_hash_sees_settings_as_well_as_weights(policy):
+    before = policy_hash(policy)
+    assert policy_hash(policy) == before
+    for change in (
+        lambda: policy.scheduler_config.__setitem__("shift", 7.0),
+        lambda: setattr(policy, "config", replace(policy.config, prompt_template="draw {prompt}")),
+        lambda: policy.vae.register_to_config(scaling_factor=0.1),
+    ):
+        change()
+        after = policy_hash(policy)
+        assert after != before
+        before = after
+    policy.config = replace(policy.config, provenance={"from": "elsewhere"})
+    assert policy_hash(policy) == before

@@ -460,3 +460,26 @@ def test_trying_rewards_reports_problems_and_time():
 def test_trying_rewards_names_a_record_that_cannot_be_scored():
     with pytest.raises(RewardError, match="p-9"):
         try_rewards([RewardSpec("ocr")], [{"prompt": "no quotes", "prompt_id": "p-9"}])
+
+
+@reward(name="t_batch_mean")
+def batch_mean(images, prompts):
+    return [1.0]
+
+
+@reward(name="t_only_singles")
+def only_singles(images, prompts):
+    if len(images) > 1:
+        raise MemoryError("too many")
+    return [0.5]
+
+
+def test_a_function_that_breaks_the_contract_is_not_asked_picture_by_picture(caplog):
+    """The mean of a batch, in a list, is a right answer for one picture only by its shape."""
+    assert [score.total for score in run(RewardSpec("t_batch_mean"))] == [None] * len(PICTURES)
+    assert f"it returned 1 scores for {len(PICTURES)} images" in caplog.text
+
+
+def test_a_batch_that_fails_is_told_even_if_single_calls_succeed(caplog):
+    assert [score.total for score in run(RewardSpec("t_only_singles"))] == [0.5] * len(PICTURES)
+    assert "a call failed (MemoryError: too many" in caplog.text

@@ -303,3 +303,17 @@ def test_holm_by_hand() -> None:
 def test_holm_lies_between_raw_and_bonferroni(p_values: list[float]) -> None:
     for raw, adjusted in zip(p_values, holm(p_values), strict=True):
         assert raw <= adjusted <= min(1.0, raw * len(p_values)) + 1e-12
+
+
+def test_equal_differences_do_not_make_a_sure_thing() -> None:
+    """8 prompts that all gain 1 leave 1 - 0.025 ** (1 / 8) = 37 % of others open, 2 apart at most."""
+    found = paired_difference([0.0] * 16, [1.0] * 16, [i // 2 for i in range(16)])
+    share = 1 - 0.025 ** (1 / 8)
+    assert found.mean == 1.0
+    assert found.low == pytest.approx(1 - 2 * share)
+    assert found.minimum_detectable == pytest.approx(2 * share)
+    few = paired_difference([0.0] * 3, [1.0] * 3, range(3))
+    assert few.low is not None
+    assert few.low < 0
+    same = paired_difference([1.0] * 8, [1.0] * 8, range(8))
+    assert same.low == -same.high == pytest.approx(-2 * share)
