@@ -150,9 +150,7 @@ def paired_difference(
         values = np.concatenate([first, second])
         span = 1.0 if 0 <= values.min() and values.max() <= 1 else float(np.ptp(values))
         reach = 2 * span * _exact_bounds(0, total, confidence)[1]
-        return Difference(
-            mean, mean - reach, mean + reach, 0.0, total, change.size, p_value, reach
-        )
+        return Difference(mean, mean - reach, mean + reach, 0.0, total, change.size, p_value, reach)
     low, high = _bootstrap_bounds(groups, confidence, resamples, seed)
     detectable = minimum_detectable_effect(error, total - len(groups), alpha=1 - confidence)
     return Difference(mean, low, high, error, total, change.size, p_value, detectable)

@@ -10,7 +10,6 @@ from common.errors import RewardError
 from rewards.contract import Score
 
 
-
 class BrokenContract(str):
     """The reason for a call whose return value has the wrong type or length.
 
