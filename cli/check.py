@@ -6,6 +6,7 @@ import typer
 
 if TYPE_CHECKING:
     from recipes import LoadedRecipe
+    from recipes.schema_grpo import GrpoRecipe
     from rewards.checks import RewardTrial
 
 
@@ -44,11 +45,33 @@ def register(app: typer.Typer) -> None:
             raise
         if not as_json:
             _print_tree(loaded)
+        if loaded.recipe.kind == "grpo":
+            refuse_missing_parts(loaded.recipe)
         trials = reward_trials.of_recipe(loaded) if rewards else []
         if as_json:
             _print_json(loaded, trials)
         else:
             reward_trials.show(trials)
+
+
+def refuse_missing_parts(recipe: "GrpoRecipe") -> None:
+    """Raise the error with which a run would stop at its start: policy, adapter targets, suite."""
+    from cli.policy_folder import find_policy
+    from common.errors import RecipeError
+    from evals.suites import load_suite
+    from policy.anatomy import read_anatomy
+
+    anatomy = read_anatomy(find_policy(recipe.policy.path))
+    lora = recipe.policy.lora
+    for target in lora.targets if lora else ():
+        if not anatomy.parts["ar"].linear(target):
+            raise RecipeError(
+                f"policy.lora.targets: the model's layers have no linear map `{target}`.\n"
+                "    Fix: choose from q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj and "
+                "down_proj."
+            )
+    if recipe.evals.every:
+        load_suite(recipe.evals.suite, recipe.evals.limit)
 
 
 def _print_problems(error: Any) -> None:

@@ -148,7 +148,7 @@ def paired_difference(
     error = _standard_error(groups)
     if error < 1e-12:
         values = np.concatenate([first, second])
-        span = 1.0 if 0 <= values.min() and values.max() <= 1 else float(np.ptp(values))
+        span = 1.0 if values.min() >= 0 and values.max() <= 1 else float(np.ptp(values))
         reach = 2 * span * _exact_bounds(0, total, confidence)[1]
         return Difference(mean, mean - reach, mean + reach, 0.0, total, change.size, p_value, reach)
     low, high = _bootstrap_bounds(groups, confidence, resamples, seed)

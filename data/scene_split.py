@@ -7,10 +7,10 @@ training if it is to be learnt at all:
 
 - colours: the combination is one object of a class and a colour alone in the picture; training
   pictures of several objects do show that class in that colour.
-- two objects: the combination is the sentence, two classes in one order. Classes that never share a
-  picture would be a harder test, but captions with wrong words (which pretraining ends with, and the
-  web is full of) teach that such a caption is wrong: the policy would have nothing left to improve
-  (LOG.md).
+- two objects: the combination is the sentence, two classes in one order. Classes that never share
+  a picture would be a harder test, but captions with wrong words (which pretraining ends with, and
+  the web is full of) teach that such a caption is wrong: the policy would have nothing left to
+  improve (LOG.md).
 """
 
 from common.scene_world import OPPOSITE

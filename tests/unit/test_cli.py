@@ -166,6 +166,21 @@ def test_check_shows_every_value_and_its_origin(capsys):
     assert lines[-1] == ["ok"]
 
 
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("evals.suite=nope", "no suite is called `nope`"),
+        ("policy.path=/nowhere", "no policy at /nowhere"),
+        ("policy.lora.targets=[q_prj]", "no linear map `q_prj`"),
+        ("prompts.source=/nowhere.jsonl", "/nowhere.jsonl: no such file"),
+        ("rewards.functions.0.use=gneval", "no reward is called `gneval`. Did you mean `geneval`?"),
+    ],
+)
+def test_check_finds_what_a_run_would_stop_at(capsys, override, told):
+    assert main(["check", "geneval-scenes", override]) in (1, 2)
+    assert told in capsys.readouterr().err
+
+
 def test_check_as_json(capsys):
     assert main(["check", "geneval-scenes", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
@@ -242,7 +257,7 @@ def test_resume_needs_a_run(monkeypatch, capsys, tmp_path):
     assert main(["resume", "runs/x"]) == 2
     assert "not a run" in capsys.readouterr().err
     (tmp_path / "runs/x").mkdir(parents=True)
-    (tmp_path / "runs/x/recipe.yaml").touch()
+    (tmp_path / "runs/x/recipe.yaml").write_text("extends: geneval-scenes\n")
     assert main(["resume", "runs/x"]) == 0
     assert seen == [Path("runs/x")]
 

@@ -8,8 +8,7 @@ import pytest
 from eval_stand_in import StandInPolicy, toy_suite
 
 from common.errors import RunError
-from common.statistics import Difference
-from common.statistics import minimum_detectable_effect, paired_difference
+from common.statistics import Difference, minimum_detectable_effect, paired_difference
 from evals.compare import compare, compare_all, verdict
 from evals.results import load_results
 from evals.run import evaluate
