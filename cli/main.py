@@ -22,6 +22,7 @@ VERBS = (
     "pack",
     "train",
     "resume",
+    "convert",
     "sample",
     "eval",
     "report",

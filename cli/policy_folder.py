@@ -69,9 +69,14 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def read_parts(folder: Path) -> dict[str, Part]:
-    """Return the parts of a policy that have weights, read from their safetensors headers."""
+    """Return the parts of a policy that have weights, read from their safetensors headers.
+
+    `upstream` is none of them: it keeps what only the published code looks at.
+    """
     parts = {}
     for place in sorted(path for path in folder.iterdir() if path.is_dir()):
+        if place.name == "upstream":
+            continue
         files = sorted(place.glob("*.safetensors"))
         if files:
             shapes: dict[str, tuple[int, ...]] = {}

@@ -52,6 +52,11 @@ class Connector(nn.Sequential):
 
     def save_pretrained(self, path: Path) -> None:
         """Write config.json and model.safetensors into folder `path`."""
+        self.save_config(path)
+        save_file(self.state_dict(), path / "model.safetensors")
+
+    def save_config(self, path: Path) -> None:
+        """Write config.json into folder `path`."""
         path.mkdir(parents=True, exist_ok=True)
         linear: nn.Linear = self[0]  # type: ignore[assignment]
         facts = {
@@ -60,7 +65,6 @@ class Connector(nn.Sequential):
             "positions": 0 if self.position is None else len(self.position),
         }
         (path / "config.json").write_text(json.dumps(facts, indent=2) + "\n")
-        save_file(self.state_dict(), path / "model.safetensors")
 
     @classmethod
     def from_pretrained(cls, path: Path) -> "Connector":

@@ -90,12 +90,16 @@ class ImageTokenizer(nn.Module):
 
     def save_pretrained(self, path: Path) -> None:
         """Write config.json and model.safetensors into folder `path`."""
-        path.mkdir(parents=True, exist_ok=True)
-        (path / "config.json").write_text(json.dumps(self.config, indent=2) + "\n")
+        self.save_config(path)
         save_file(
             {name: tensor.contiguous() for name, tensor in self.state_dict().items()},
             path / "model.safetensors",
         )
+
+    def save_config(self, path: Path) -> None:
+        """Write config.json into folder `path`."""
+        path.mkdir(parents=True, exist_ok=True)
+        (path / "config.json").write_text(json.dumps(self.config, indent=2) + "\n")
 
     @classmethod
     def from_pretrained(cls, path: Path) -> "ImageTokenizer":

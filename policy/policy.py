@@ -60,6 +60,8 @@ class Policy(nn.Module):
         self.vae = vae
         self.scheduler_config = scheduler_config
         self.reference_connector = reference_connector
+        self.upstream: dict[str, bytes] = {}
+        """Files of a published checkpoint that no picture depends on, for the way back."""
 
     @property
     def device(self) -> torch.device:
@@ -97,6 +99,8 @@ class Policy(nn.Module):
                 if "cross_attention" in config.routes or (folder / "reference_connector").is_dir()
                 else None,
             )
+        upstream = (folder / "upstream").glob("*")
+        policy.upstream = {file.name: file.read_bytes() for file in upstream}
         return policy.to(device=device, dtype=dtype).eval()
 
     def save_pretrained(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
@@ -117,6 +121,9 @@ class Policy(nn.Module):
             self.vae.save_pretrained(folder / "vae")
         if self.reference_connector is not None:
             self.reference_connector.save_pretrained(folder / "reference_connector")
+        for name, data in self.upstream.items():
+            (folder / "upstream").mkdir(exist_ok=True)
+            (folder / "upstream" / name).write_bytes(data)
         (folder / "scheduler").mkdir(exist_ok=True)
         (folder / "scheduler" / "scheduler_config.json").write_text(
             json.dumps(self.scheduler_config, indent=2) + "\n"

@@ -300,9 +300,12 @@ def test_sample_draws_a_sheet_that_says_how_it_was_made(monkeypatch, small_polic
 
     class Policy:
         @classmethod
-        def from_pretrained(cls, folder):
+        def from_pretrained(cls, folder, dtype, device):
             assert folder == small_policy
             return cls()
+
+        def state_dict(self):
+            return {}
 
         def generate(self, prompts, **settings):
             calls.append((prompts, settings))
@@ -319,9 +322,9 @@ def test_sample_draws_a_sheet_that_says_how_it_was_made(monkeypatch, small_polic
     assert main(arguments) == 0
     assert (tmp_path / "sample-2.png").is_file()
 
-    seeds = {tuple(prompts): settings["seed"] for prompts, settings in calls}
-    assert len(seeds) == 2  # a prompt keeps its seed wherever it stands
-    assert len(set(seeds.values())) == 2
+    seeds = {(*prompts, *settings["seeds"]) for prompts, settings in calls}
+    assert len(seeds) == 2  # a prompt keeps its seeds wherever it stands
+    assert len({seed for row in seeds for seed in row[3:]}) == 6
     assert calls[0][1]["guidance"] == 2
     with Image.open(tmp_path / "sample.png") as sheet:
         facts = json.loads(sheet.text["atelier"])

@@ -1,0 +1,249 @@
+"""The published checkpoint format: names of its tensors, its configs and its templates.
+
+Source: spec sections 1.1 (ids), 1.2 (templates), 1.3 (image tokenizer) and 1.8 (layout). One
+checkpoint holds every part; a policy folder holds each part apart, under its library's names.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from common.errors import PolicyError
+
+VISION = "model.vision_tower.vision_tower."
+
+PREFIXES = (
+    # (folder of the policy, published prefix, prefix inside the folder); the first match counts.
+    ("connector", "model.diffusion_connector.", ""),
+    ("reference_connector", "model.und_image_vae_connector.", ""),
+    ("diffusion", "model.sana.", ""),
+    ("vae", "model.sana_vae.", ""),
+    ("image_tokenizer", f"{VISION}encoder.", "encoder."),
+    ("image_tokenizer", f"{VISION}encode_task_layer.", "encode_task_layer."),
+    ("image_tokenizer", f"{VISION}bottleneck.in_linear.", "in_linear."),
+    (
+        "image_tokenizer",
+        f"{VISION}bottleneck.regularizer.embedding.",
+        "quantizer.embedding.",
+    ),
+    (
+        "image_tokenizer",
+        f"{VISION}bottleneck.regularizer.embedding_proj.",
+        "quantizer.embedding_proj.",
+    ),
+    # What no picture depends on; it is kept for the way back.
+    ("upstream", f"{VISION}decoder.", ""),
+    ("upstream", f"{VISION}decode_task_layer.", ""),
+    ("upstream", f"{VISION}scale_layer.", ""),
+    ("upstream", f"{VISION}bottleneck.out_linear.", ""),
+    ("upstream", f"{VISION}bottleneck.regularizer.stochastic_temperature_inv", ""),
+    ("upstream", "model.und_image_vae_as_noise_connector.", ""),
+    ("upstream", "model.tar_siglip_features_connector.", ""),
+    ("ar", "model.embed_tokens.", "model.embed_tokens."),
+    ("ar", "model.layers.", "model.layers."),
+    ("ar", "model.norm.", "model.norm."),
+    ("ar", "lm_head.", "lm_head."),
+)
+
+SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+PROMPT_TEMPLATE = (
+    SYSTEM + "<|im_start|>user\nPlease generate image based on the following caption: {prompt}"
+    "<|im_end|>\n<|im_start|>assistant\n"
+)
+EDIT_TEMPLATE = (
+    SYSTEM + "<|im_start|>user\nPlease edit {images} according to the following instruction: "
+    "{prompt}.\n<|vision_start|>{references}<|vision_end|><|im_end|>\n<|im_start|>assistant\n"
+)
+VISION_TAGS = ("<|vision_start|>", "<|vision_end|>")
+
+STEPS, GUIDANCE = 30, 2.0
+"""Published decoding (spec section 1.7)."""
+
+LANGUAGE_MODEL_KEYS = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings",
+    "initializer_range", "rms_norm_eps", "rope_theta", "rope_parameters", "attention_bias",
+    "attention_dropout", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id",
+)  # fmt: skip
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "chat_template.jinja",
+)  # fmt: skip
+
+
+def place(name: str) -> tuple[str, str] | None:
+    """Return (folder, name inside it) of a published tensor; None for an unknown one.
+
+    In the folder `upstream` tensors keep their published names.
+    """
+    for folder, prefix, inside in PREFIXES:
+        if name.startswith(prefix):
+            return folder, name if folder == "upstream" else inside + name[len(prefix) :]
+    return None
+
+
+def published_name(folder: str, name: str) -> str:
+    """Return the published name of a tensor of a policy folder's part."""
+    for other, prefix, inside in PREFIXES:
+        if other == folder and name.startswith(inside) and name != "position":
+            return name if folder == "upstream" else prefix + name[len(inside) :]
+    raise PolicyError(f"{folder}: the published format has no place for the tensor {name}.")
+
+
+def routes_of(config: dict[str, Any]) -> tuple[str, ...]:
+    """Return the reference routes that a published config.json switches on (spec section 1.9)."""
+    routes = []
+    if config.get("use_und_image_vae") and not config.get("only_use_und_image_vae_as_noise"):
+        routes.append("cross_attention")
+    if config.get("use_und_image_vae_as_noise"):
+        routes.append("noise_space")
+    return tuple(routes)
+
+
+def flags_of(routes: tuple[str, ...]) -> dict[str, bool]:
+    """Return the published flags of reference routes: `routes_of` the other way."""
+    return {
+        "use_und_image_vae": bool(routes),
+        "use_und_image_vae_as_noise": "noise_space" in routes,
+        "only_use_und_image_vae_as_noise": routes == ("noise_space",),
+    }
+
+
+class Tensors:
+    """Tensors of a folder of safetensors files, read one by one."""
+
+    def __init__(self, folder: Path) -> None:
+        self._files: dict[str, Path] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for file in _weight_files(folder):
+            try:
+                with safe_open(file, "pt") as opened:
+                    for name in opened.keys():  # noqa: SIM118 - not a dictionary
+                        self._files[name] = file
+                        self.shapes[name] = tuple(opened.get_slice(name).get_shape())
+            except (SafetensorError, OSError) as error:
+                raise PolicyError(
+                    f"{file} cannot be read ({error}).\n    Fix: download it again."
+                ) from error
+
+    def read(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+        """Yield (name, tensor) as stored, file by file."""
+        for file in sorted({self._files[name] for name in names}):
+            with safe_open(file, "pt") as opened:
+                for name in names:
+                    if self._files[name] == file:
+                        yield name, opened.get_tensor(name)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        files = [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+    else:
+        files = sorted(folder.glob("*.safetensors"))
+    missing = [file for file in files if not file.is_file()]
+    if missing or not files:
+        what = f"{missing[0]} is missing" if missing else f"{folder} holds no .safetensors file"
+        raise PolicyError(f"{what}.\n    Fix: download the whole checkpoint.")
+    return files
+
+
+@dataclass(frozen=True)
+class PublishedTokenizer:
+    """The image tokenizer file: `model.args` and `model.sd` (spec section 1.3)."""
+
+    file: Path
+    args: dict[str, Any]
+    weights: dict[str, Tensor]
+    """Under the names of a checkpoint."""
+
+    @classmethod
+    def load(cls, file: Path) -> "PublishedTokenizer":
+        """Read a .pth file without running code from it; raise `PolicyError` if it is another."""
+        if not file.is_file():
+            raise PolicyError(f"{file} is not a file.\n    Fix: give the path of ta_tok.pth.")
+        try:
+            facts = torch.load(file, map_location="cpu", weights_only=True, mmap=True)["model"]
+            args, weights = dict(facts["args"]), dict(facts["sd"])
+        except Exception as error:  # torch.load has no common error for what it refuses
+            told = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise PolicyError(
+                f"{file} is not an image tokenizer: {told}\n    Fix: give the published ta_tok.pth."
+            ) from error
+        kept = {VISION + n: t for n, t in weights.items() if not n.startswith("teacher")}
+        return cls(file, args, kept)
+
+    def config(self) -> dict[str, Any]:
+        """Return the configuration of a policy's `ImageTokenizer`."""
+        bottleneck = self._get("bottleneck")["args"]
+        regularizer = bottleneck["regularizer"]
+        for key, found, known in (
+            ("input_type", self._get("input_type"), "quant"),
+            ("bottleneck.norm", bottleneck.get("norm", "none"), "none"),
+            ("bottleneck.regularizer", regularizer["name"], "simvq"),
+            ("l2_normalized", regularizer["args"]["l2_normalized"], True),
+        ):
+            if found != known:
+                raise PolicyError(f"{self.file}: {key} is {found!r}; only {known!r} is known.")
+        return {
+            "encoder": self._encoder(),
+            "select_layer": self._get("select_layer_id"),
+            "bottleneck_dim": bottleneck["bottleneck_dim"],
+            "codebook_size": regularizer["args"]["codebook_size"],
+        }
+
+    def grid(self) -> int:
+        """Return image tokens per side."""
+        return math.isqrt(int(self._get("bottleneck_token_num")))
+
+    def _get(self, key: str) -> Any:
+        if key not in self.args:
+            raise PolicyError(f"{self.file}: model.args has no {key}; give the published file.")
+        return self.args[key]
+
+    def _encoder(self) -> dict[str, Any]:
+        """SigLIP's sizes, from the config of the teacher: a folder beside the file, or a hub id."""
+        teacher = str(self._get("teacher"))
+        beside = self.file.parent / Path(teacher).name / "config.json"
+        path = beside if beside.is_file() else config_file(teacher, "config.json")
+        vision = read_json(path).get("vision_config", {})
+        keys = (
+            "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+            "image_size", "patch_size", "hidden_act", "layer_norm_eps",
+        )  # fmt: skip
+        return {key: vision[key] for key in keys if key in vision}
+
+
+def config_file(source: str, name: str) -> Path:
+    """Return a file of a folder or of a repository on the Hugging Face hub."""
+    if Path(source).is_dir():
+        return Path(source) / name
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(source, name))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise PolicyError(
+            f"{source} is neither a folder here nor a repository that can be reached "
+            f"({type(error).__name__}).\n    Fix: download {name} of it and give its folder."
+        ) from error
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Return a JSON object; raise `PolicyError` naming the file."""
+    try:
+        facts = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise PolicyError(f"{file} cannot be read as JSON ({error}).") from error
+    if not isinstance(facts, dict):
+        raise PolicyError(f"{file} is not a JSON object.")
+    return facts
