@@ -76,7 +76,18 @@ def test_help_is_quick_lists_every_verb_and_imports_nothing_heavy():
         for _ in range(3)
     ]
     assert min(float(run.stderr) for run in runs) < 0.5
-    for verb in ("new", "ls", "check", "plan", "schema", "train", "resume", "sample", "doctor"):
+    for verb in (
+        "new",
+        "ls",
+        "check",
+        "plan",
+        "schema",
+        "pack",
+        "train",
+        "resume",
+        "sample",
+        "doctor",
+    ):
         assert f" {verb} " in runs[0].stdout
 
 
@@ -290,7 +301,7 @@ def test_resume_needs_a_run(monkeypatch, capsys, tmp_path):
     assert main(["resume", "runs/x"]) == 2
     assert "not a run" in capsys.readouterr().err
     (tmp_path / "runs/x").mkdir(parents=True)
-    (tmp_path / "runs/x/recipe.yaml").touch()
+    (tmp_path / "runs/x/recipe.yaml").write_text("extends: geneval-scenes\n")
     assert main(["resume", "runs/x"]) == 0
     assert seen == [Path("runs/x")]
 
