@@ -28,7 +28,6 @@ RUNS = {
     "zero1": "train.deepspeed=zero1",
     "zero2": "train.deepspeed=zero2",
     "zero3": "train.deepspeed=zero3",
-    "two-lora": LORA,
     "zero2-lora": f"train.deepspeed=zero2;{LORA}",
     "zero3-lora": f"train.deepspeed=zero3;{LORA}",
     "resumed-zero2": "",
