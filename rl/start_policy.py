@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from common.errors import PolicyError, RunError
 from common.seeds import counter_seed
 from data.scenes import TASKS, caption, sample_scene
-from policy import Policy, base_path
+from policy import Policy, base_path, published
 from policy.connector import new_reference_connector
 from policy.quiet import quiet_libraries
 from policy.text import build_tokenizer
@@ -40,15 +40,6 @@ _FINE_PARTS = {
     "diffusion.caption": ("caption_projection.", "caption_norm."),
     "diffusion.patch": ("patch_embed.", "proj_out."),
 }
-_EDIT_TEMPLATES = (
-    # (a text that the policy's own template has, the template of its edits): spec section 1.9.
-    (
-        "Please generate image based on the following caption: {prompt}",
-        "Please edit {images} according to the following instruction: {prompt}.\n"
-        "<|vision_start|>{references}<|vision_end|>",
-    ),
-    ("{prompt}", "{prompt}{references}"),
-)
 
 
 def new_tiny_policy(seed: int) -> Policy:
@@ -115,8 +106,9 @@ def teach_editing(policy: Policy, routes: tuple[str, ...] | None, seed: int) -> 
         routes = config.routes
     template = config.edit_template
     if template is None:
-        known, edit = next(pair for pair in _EDIT_TEMPLATES if pair[0] in config.prompt_template)
-        template = config.prompt_template.replace(known, edit)
+        template = config.prompt_template.replace("{prompt}", "{prompt}{references}")
+        if config.prompt_template == published.PROMPT_TEMPLATE:
+            template = published.EDIT_TEMPLATE
     policy.config = replace(config, edit_template=template, routes=tuple(routes))
     if "cross_attention" in routes and policy.reference_connector is None:
         torch.manual_seed(counter_seed(seed, "reference-connector"))

@@ -1,17 +1,20 @@
 """One process of a distributed run: `torchrun ... zero_worker.py RECIPE OUT RUNS...`.
 
-Each of RUNS is `name` or `name:key=value;key=value`. They follow one another in one launch, because
-starting takes longer than training.
+Each of RUNS is `name:key=value;key=value`, or `resumed-NAME` to train the second half of NAME
+again. They follow one another in one launch, because starting takes longer than training.
 """
 
+import shutil
 import sys
 from pathlib import Path
 
+import torch
 from accelerate.state import AcceleratorState, GradientState
 
 import rl.zero
+from common.processes import is_main_process
 from recipes import load_recipe
-from rl.build import build
+from rl.build import build, resume
 
 # The test policy is so small that nothing of it would be divided.
 rl.zero.WHOLE_BELOW = 0
@@ -21,7 +24,16 @@ def main(recipe: str, out: str, *runs: str) -> None:
     """Train one run after the other, each as if it were alone."""
     for run in runs:
         name, _, overrides = run.partition(":")
-        build(load_recipe(recipe, [o for o in overrides.split(";") if o]), Path(out) / name)
+        folder = Path(out) / name
+        if name.startswith("resumed-"):
+            if is_main_process():
+                shutil.copytree(Path(out) / name.removeprefix("resumed-"), folder)
+                shutil.rmtree(folder / "policy")
+                shutil.rmtree(folder / "checkpoints" / "step-000020")
+            torch.distributed.barrier()
+            resume(folder)
+        else:
+            build(load_recipe(recipe, [o for o in overrides.split(";") if o]), folder)
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
 

@@ -1,7 +1,9 @@
 """Pretraining, fine-tuning and editing from recipe to policy: data, freezing, options, resume."""
 
 import json
+import re
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,12 +16,12 @@ from cli.main import main
 from common.errors import DataError, Interrupted, RecipeError
 from common.journal import read_journal
 from data.packing import pack
-from policy import Policy
+from policy import Policy, published
 from policy.sampling import left_pad
 from recipes import load_recipe, shipped_recipes
 from rl.build import build, resume
 from rl.corpus import BatchEncoder, Collator
-from rl.start_policy import prepare_policy
+from rl.start_policy import prepare_policy, teach_editing
 
 RECIPE = """
 version: 1
@@ -275,7 +277,14 @@ def test_a_policy_learns_to_take_a_reference(run, policy_folder):
         load_recipe(folder / "recipe.yaml", ["data.references=0"])
 
 
-def test_what_the_loss_sees_of_an_edit(run, policy_folder, tmp_path, shards):
+def test_a_published_policy_is_taught_the_published_template(policy):
+    policy.config = replace(policy.config, prompt_template=published.PROMPT_TEMPLATE)
+    teach_editing(policy, ("noise_space",), seed=0)
+    assert policy.config.edit_template == published.EDIT_TEMPLATE
+    assert policy.reference_connector is None
+
+
+def test_what_the_loss_sees_of_an_edit(policy_folder):
     """Codes of the reference in the prompt, codes and latents of the target, latents of both."""
     recipe = load_recipe("tiny/edit", [f"policy.path={policy_folder}"]).recipe
     policy, _ = prepare_policy(recipe)
@@ -339,8 +348,6 @@ def test_the_twins_train_alike(name):
     ],
 )
 def test_a_recipe_that_cannot_work_is_refused_with_its_key(override, key):
-    import re
-
     overrides = re.split(r" (?=[a-z]+\.)", override)
     with pytest.raises(RecipeError) as caught:
         load_recipe("tiny/pretrain", overrides)

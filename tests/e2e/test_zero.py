@@ -28,9 +28,10 @@ RUNS = {
     "zero1": "train.deepspeed=zero1",
     "zero2": "train.deepspeed=zero2",
     "zero3": "train.deepspeed=zero3",
-    "two-lora": LORA,
     "zero2-lora": f"train.deepspeed=zero2;{LORA}",
     "zero3-lora": f"train.deepspeed=zero3;{LORA}",
+    "resumed-zero2": "",
+    "resumed-zero3": "",
 }
 RECIPE = """
 version: 1
@@ -86,6 +87,16 @@ def test_the_losses_are_those_of_one_process(runs: Path, name: str) -> None:
     curve = losses(runs / single(name))
     assert losses(runs / name) == pytest.approx(curve, abs=1e-5)
     assert curve[-1] < curve[0] - 2  # much was learnt, so there was much to disagree about
+
+
+@pytest.mark.parametrize("name", ["zero2", "zero3"])
+def test_a_resumed_run_gives_the_policy_of_the_whole_one(runs: Path, name: str) -> None:
+    whole, resumed = (
+        Policy.from_pretrained(runs / run / "policy").state_dict()
+        for run in (name, f"resumed-{name}")
+    )
+    assert losses(runs / f"resumed-{name}") == losses(runs / name)
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
 
 
 def test_adapters_learn_something_else_than_all_weights(runs: Path) -> None:

@@ -76,7 +76,18 @@ def test_help_is_quick_lists_every_verb_and_imports_nothing_heavy():
         for _ in range(3)
     ]
     assert min(float(run.stderr) for run in runs) < 0.5
-    for verb in ("new", "ls", "check", "plan", "schema", "train", "resume", "sample", "doctor"):
+    for verb in (
+        "new",
+        "ls",
+        "check",
+        "plan",
+        "schema",
+        "pack",
+        "train",
+        "resume",
+        "sample",
+        "doctor",
+    ):
         assert f" {verb} " in runs[0].stdout
 
 

@@ -306,7 +306,7 @@ def test_a_dumped_recipe_loads_to_the_same_recipe(name, write):
 
 @pytest.mark.parametrize("kind", ["pretrain", "image_tokenizer", "autoencoder"])
 def test_the_kinds_that_build_a_policy(kind, write):
-    train = "train: {steps: 5, learning_rate: 1e-3, batch_size: 8}"
+    train = "train: {steps: 501, learning_rate: 1e-3, batch_size: 8}"
     write("r.yaml", f"version: 1\nkind: {kind}\nname: b\n{train}\n")
     assert load_recipe("r.yaml").recipe.train.batch_size == 8
     assert "unknown key" in problems_of("r.yaml", ["rollout.engine=vllm"])[0].message.lower()
