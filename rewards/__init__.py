@@ -11,6 +11,3 @@ from rewards.contract import RewardFunction, Score
 from rewards.plugins import list_rewards, load_reward, reward
 
 __all__ = ["RewardFunction", "Score", "list_rewards", "load_reward", "reward"]
-
-# Their `reward` decorators register them; each is cheap to import.
-from rewards import consistency, preference, vlm_judge  # noqa: F401

@@ -72,43 +72,59 @@ def consistency(
     pairs = [_pair(*both) for both in zip(images, source, strict=True)]
     found = judge.detect([picture for pair in pairs for picture in pair])
     scores = []
-    for index, ((before, after), asked) in enumerate(zip(pairs, metadata, strict=True)):
+    for index, (pair, asked) in enumerate(zip(pairs, metadata, strict=True)):
         try:
             check_edit({"prompt": "of this picture", "metadata": asked}, None, None)
         except RewardError as error:
             scores.append(Score(None, str(error)))
             continue
-        seen = [
-            _with_colors(judge, picture, [d for d in objects if d.score >= min_score], asked)
-            for picture, objects in ((before, found[2 * index]), (after, found[2 * index + 1]))
+        objects = [
+            _with_colors(judge, picture, [item for item in seen if item.score >= min_score], asked)
+            for picture, seen in zip(pair, found[2 * index : 2 * index + 2], strict=True)
         ]
-        result = judge_edit(asked, *seen)
-        boxes = _region(asked, result.boxes, before.size)
-        edited = _mask(boxes, before.size)
-        restored = Image.composite(before, after, Image.fromarray(edited))
-        # What lies in the region is equal in both, so it cannot blur into what lies beside it.
-        outside = {name: f(before, restored, ~edited) for name, f in compare.items()}
-        whole = {name: f(before, after, np.ones_like(edited)) for name, f in compare.items()}
-        kept = min(outside.values())
-        details = {
-            "success": result.success,
-            "kept": kept,
-            "outside": outside,
-            "whole": whole,
-            "region": [list(box) for box in boxes],
-            "detector": judge.name,
-            "not_comparable": judge.leaderboard_comparable,
-            "objects": [
-                {"label": item.label, "color": color, "score": round(float(item.score), 4),
-                 "box": [round(float(edge), 2) for edge in item.box_xyxy]}
-                for item, color in seen[1]
-            ],
-            "size": list(before.size),
-        }  # fmt: skip
-        worst = min(outside, key=outside.__getitem__)
-        reason = "\n".join(filter(None, [result.reason, f"kept {kept:.2f} by {worst}"]))
-        scores.append(Score(result.success * kept, reason, details))
+        score = _score(pair, objects, asked, compare)
+        score.details["detector"] = judge.name
+        score.details["not_comparable"] = judge.leaderboard_comparable
+        scores.append(score)
     return scores
+
+
+def _score(
+    pair: tuple[Image.Image, Image.Image],
+    objects: Sequence[Sequence[tuple[Detection, str | None]]],
+    asked: Mapping[str, Any],
+    compare: Mapping[str, "Compare"],
+) -> Score:
+    """Score one picture, given the objects before and after the edit with their colours."""
+    before, after = pair
+    result = judge_edit(asked, *objects)
+    boxes = _region(asked, result.boxes, before.size)
+    edited = _mask(boxes, before.size)
+    # What lies in the region is made equal in both, so it cannot blur into what lies beside it.
+    restored = Image.composite(before, after, Image.fromarray(edited))
+    outside = {name: measure(before, restored, ~edited) for name, measure in compare.items()}
+    everywhere = np.ones_like(edited)
+    worst = min(outside, key=outside.__getitem__)
+    details = {
+        "success": result.success,
+        "kept": outside[worst],
+        "outside": outside,
+        "whole": {name: measure(before, after, everywhere) for name, measure in compare.items()},
+        "region": [list(box) for box in boxes],
+        "objects": [
+            {
+                "label": item.label,
+                "color": color,
+                "score": round(float(item.score), 4),
+                "box": [round(float(edge), 2) for edge in item.box_xyxy],
+            }
+            for item, color in objects[1]
+        ],
+        "size": list(before.size),
+    }
+    kept = f"kept {outside[worst]:.2f} by {worst}"
+    reason = "\n".join(filter(None, [result.reason, kept]))
+    return Score(result.success * outside[worst], reason, details)
 
 
 Compare = Callable[[Image.Image, Image.Image, np.ndarray], float]

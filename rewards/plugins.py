@@ -16,9 +16,16 @@ from common.registry import Registry, nearest
 from rewards.contract import RecordCheck, RewardFunction, Traits
 
 _BUILT_IN = {
+    "aesthetic": "rewards.preference:aesthetic",
+    "clip_score": "rewards.preference:clip_score",
+    "consistency": "rewards.consistency:consistency",
     "geneval": "rewards.geneval:geneval",
+    "hps_v2": "rewards.preference:hps_v2",
+    "image_reward": "rewards.preference:image_reward",
     "ocr": "rewards.ocr:ocr",
+    "pick_score": "rewards.preference:pick_score",
     "remote": "rewards.remote:remote",
+    "vlm_judge": "rewards.vlm_judge:vlm_judge",
 }
 _REGISTRY = Registry("reward", group="atelier.rewards", error=RewardError)
 for _name, _place in _BUILT_IN.items():

@@ -1,8 +1,8 @@
 """How alike two pictures are: SSIM, LPIPS, CLIP and DINOv2 features.
 
-Each measure is a function (source, edited, where) -> similarity, 1 for equal pictures; both are RGB
-and of one size, and `where` (bool [H, W]) says which pixels count. SSIM and LPIPS are averaged over
-those; the features of a network belong to the whole picture.
+Each measure is a function (source, edited, where) -> similarity in [0, 1], 1 for equal pictures;
+both are RGB and of one size, and `where` (bool [H, W]) says which pixels count. SSIM and LPIPS are
+averaged over those; the features of a network belong to the whole picture.
 """
 
 import inspect
@@ -108,7 +108,7 @@ class Clip:
 
     def __call__(self, before: Image.Image, after: Image.Image, where: np.ndarray) -> float:
         first, second = self._network.images([before, after])
-        return float(first @ second)
+        return max(0.0, float(first @ second))
 
 
 class Dino:
@@ -124,7 +124,8 @@ class Dino:
     def __call__(self, before: Image.Image, after: Image.Image, where: np.ndarray) -> float:
         pixels = self._processor([before, after], return_tensors="pt").to(self._network.device)
         first, second = self._network(**pixels).pooler_output.float()
-        return float(torch.nn.functional.cosine_similarity(first, second, dim=0))
+        cosine = torch.nn.functional.cosine_similarity(first, second, dim=0)
+        return max(0.0, float(cosine))
 
 
 def _tensor(picture: Image.Image) -> torch.Tensor:
