@@ -33,7 +33,7 @@ test: check
 	@OMP_NUM_THREADS=1 $(python) -m pytest
 
 base: .venv/ready
-	@$(python) -m rl.make_base
+	@$(python) -m cli.make_base
 
 clean:
 	rm -rf build .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

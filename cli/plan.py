@@ -53,14 +53,16 @@ def register(app: typer.Typer) -> None:
 
 def _files(loaded: "LoadedRecipe", run_dir: Path) -> dict[str, Any]:
     recipe = loaded.recipe
-    saved = -(-recipe.train.steps // recipe.save.every)
-    return {
+    facts = {
         "folder": str(run_dir),
         "folder_is_free": not (run_dir.exists() and any(run_dir.iterdir())),
         "metrics_rows": recipe.train.steps,
-        "checkpoints_written": saved,
-        "checkpoints_kept": min(saved, recipe.save.keep_last),
     }
+    if recipe.kind in ("grpo", "pretrain"):  # training of an image codec is short and saves none
+        saved = -(-recipe.train.steps // recipe.save.every)
+        facts["checkpoints_written"] = saved
+        facts["checkpoints_kept"] = min(saved, recipe.save.keep_last)
+    return facts
 
 
 def _show_files(facts: dict[str, Any], run_dir: Path) -> None:
@@ -70,18 +72,14 @@ def _show_files(facts: dict[str, Any], run_dir: Path) -> None:
     size = facts.get("checkpoint_bytes")
     each = f", about {console.size(size)} each" if size else ""
     console.say("files", style="bold")
-    console.pairs(
-        [
-            (f"{run_dir}/recipe.yaml", "this recipe with all its values"),
-            (f"{run_dir}/metrics.jsonl", f"{files['metrics_rows']} rows and the evaluations"),
-            (
-                f"{run_dir}/checkpoints/",
-                f"{files['checkpoints_written']} written, the newest "
-                f"{files['checkpoints_kept']} kept{each}",
-            ),
-            (f"{run_dir}/policy/", "the trained policy"),
-        ]
-    )
+    rows = [
+        (f"{run_dir}/recipe.yaml", "this recipe with all its values"),
+        (f"{run_dir}/metrics.jsonl", f"{files['metrics_rows']} rows and the evaluations"),
+    ]
+    if "checkpoints_written" in files:
+        written, kept = files["checkpoints_written"], files["checkpoints_kept"]
+        rows.append((f"{run_dir}/checkpoints/", f"{written} written, the newest {kept} kept{each}"))
+    console.pairs([*rows, (f"{run_dir}/policy/", "the trained policy")])
     if not files["folder_is_free"]:
         text = f"warning: {run_dir} is not empty; `atelier train` will ask for another --out"
         console.say(text, style="yellow")

@@ -320,7 +320,6 @@ class _CodecRecipe(Header):
         StartSection()
     )
     data: Annotated[PicturesSection, Field(description="Pictures.")] = PicturesSection()
-    save: Annotated[SaveSection, Field(description="Checkpoints.")] = SaveSection(every=500)
     log: Annotated[LogSection, Field(description="Trackers.")] = LogSection()
 
 

@@ -60,6 +60,7 @@ class JournalCallback(TrainerCallback):
             key.removeprefix("parts/"): v for key, v in logs.items() if key.startswith("parts/")
         }
         row |= self._details()
+        row["samples"] = self._samples()
         seconds = dict(self.trainer.seconds)
         whole = self._ended - self._started
         seconds["update"] = max(whole - sum(seconds.values()), 0.0)
@@ -83,6 +84,15 @@ class JournalCallback(TrainerCallback):
             if values:
                 means[name] = sum(values) / len(values)
         return means
+
+    def _samples(self) -> list[dict[str, Any]]:
+        """The first sample of the first groups, for `atelier watch`."""
+        assert self.trainer is not None
+        scored = list(zip(self.trainer.last_prompts, self.trainer.last_scores, strict=True))
+        return [
+            {"prompt": prompt, "reward": score.total, "reason": "; ".join(score.reasons.values())}
+            for prompt, score in scored[:: self.trainer.num_generations][:3]
+        ]
 
 
 class HeldOutCallback(TrainerCallback):

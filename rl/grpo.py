@@ -37,8 +37,8 @@ class ImageGRPOTrainer(GRPOTrainer):
     """GRPO whose completions are pictures.
 
     `sampler` makes the rollouts, `rewards` judges them, `sync` brings the weights of a step to the
-    engine and proves that they arrived. `last_rollout` and `last_scores` stay readable for
-    callbacks.
+    engine and proves that they arrived. `last_rollout`, `last_prompts` and `last_scores` stay
+    readable for callbacks.
     """
 
     def __init__(
@@ -65,6 +65,7 @@ class ImageGRPOTrainer(GRPOTrainer):
         self.seconds: dict[str, float] = {}
         self.last_rollout: Rollout | None = None
         self.last_scores: list[Scored] = []
+        self.last_prompts: list[str] = []
         self._old_logprobs: Tensor | None = None
         self._nothing_to_learn = False
         self._unscored_steps = 0
@@ -137,6 +138,7 @@ class ImageGRPOTrainer(GRPOTrainer):
         records = [self.records[i] for i in place]
         keys = dict.fromkeys(key for record in records for key in record if key != "prompt")
         columns = {key: [record.get(key) for record in records] for key in keys}
+        self.last_prompts = prompts
         self.last_scores = self.rewards.score(images, prompts, columns, step)
         self.seconds["reward"] = time.perf_counter() - started
         weights = self.rewards.weights(step)

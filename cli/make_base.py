@@ -1,4 +1,4 @@
-"""Build the shipped base policy: `python -m rl.make_base`, or `make base`.
+"""Build the shipped base policy: `python -m cli.make_base`, or `make base`.
 
 Runs the five recipes of `recipes/base` one after the other under `build/base`, skipping stages that
 are done, then measures the gates, prints them and writes the policy with its card into
@@ -100,7 +100,7 @@ def measure(policy: Policy, clean: Policy) -> dict[str, Any]:
     """
     torch.manual_seed(0)
     faithful = fidelity(policy)
-    records = scene_prompts("tune", n=48, tasks=_GENEVAL)
+    records = scene_prompts("held_out", n=48, tasks=_GENEVAL)
     group = 12
     codes = _sample(policy, records, group)
     correlation, groups = two_noise_correlation(policy, records, codes, group)
@@ -203,8 +203,8 @@ nothing to improve.
 
 ## Gates
 
-Measured on held-out combinations of shape, colour and relation, at the policy's default steps and
-guidance and temperature 1.
+Measured on held-out combinations of shape, colour and relation (`data/scene_split.py`; a single
+object of any colour cannot be held out), at the policy's default steps and guidance, temperature 1.
 
 | gate | measured | range | met |
 | --- | --- | --- | --- |
