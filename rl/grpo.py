@@ -18,6 +18,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PrinterCallback, TrainerCallback
 
+from common.atomic import full_disk_named
 from common.errors import RunError
 from common.seeds import counter_seed
 from rewards.runner import RewardRunner, Scored
@@ -212,9 +213,11 @@ class ImageGRPOTrainer(GRPOTrainer):
         """Write into a staging folder and publish it whole."""
         own, staging = self.args.output_dir, self.checkpoints / ".staging"
         shutil.rmtree(staging, ignore_errors=True)
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
         self.args.output_dir = str(staging)
         try:
-            super()._save_checkpoint(model, trial)
+            with full_disk_named(self.checkpoints):
+                super()._save_checkpoint(model, trial)
         finally:
             self.args.output_dir = own
         if self.accelerator.is_main_process:

@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from common.atomic import full_disk_named
 from common.errors import DataError, Interrupted, RecipeError, RunError
 from common.progress import Progress
 from data.scene_edits import SceneEdits
@@ -182,8 +183,10 @@ class JointTrainer(Trainer):
             shutil.rmtree(staging, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         self.args.output_dir = str(staging)
+        self._checkpoints.mkdir(parents=True, exist_ok=True)
         try:
-            super()._save_checkpoint(model, trial)
+            with full_disk_named(self._checkpoints):
+                super()._save_checkpoint(model, trial)
         finally:
             self.args.output_dir = own
         self.accelerator.wait_for_everyone()

@@ -178,7 +178,7 @@ def _kill_at(call: str, at: int) -> None:
         "os.fsync": (os, "fsync"),
         "torch.save": (torch, "save"),
         "rmtree": (shutil, "rmtree"),
-        "rename": (Path, "rename"),
+        "policy": (os, "replace"),
         "save_file": (safetensors.torch, "save_file"),
     }
     owner, name = places[call]
@@ -186,7 +186,7 @@ def _kill_at(call: str, at: int) -> None:
 
     def killing(*args, **kwargs):
         nonlocal calls
-        calls += 1
+        calls += call != "policy" or Path(args[1]).name == "policy"
         if calls == at:
             if call in ("torch.save", "save_file"):  # half a file is on the disk
                 path = next(Path(a) for a in args if isinstance(a, str | Path))
@@ -210,7 +210,7 @@ KILLS = [
     ("os.replace", 4),
     ("rmtree", 4),
     ("save_file", 1),
-    ("rename", 1),  # the trained policy is written, and not yet in its place
+    ("policy", 1),  # the trained policy is written, and not yet in its place
 ]
 
 
