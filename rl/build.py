@@ -4,9 +4,10 @@ Each stage reads a policy folder, trains some of its parts and writes a policy f
 """
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Self
 
 import torch
 
@@ -40,10 +41,21 @@ class RunLog:
         self.progress = progress
         self._done = done
         self._last = done or 0
+        self._held = ExitStack()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._held.close()
 
     def begin(self) -> None:
-        """Write the recipe and open the journal, where the checkpoint at step `done` left it."""
+        """Take the folder, write the recipe, open the journal where the checkpoint left it.
+
+        Only now, so that a run that cannot start leaves no folder behind.
+        """
         if is_main_process():
+            self._held.enter_context(folder_lock(self.run_dir))
             write_text(self.run_dir / "recipe.yaml", dump_recipe(self.recipe))
             self.journal = Journal(self.run_dir / "metrics.jsonl")
             self.journal.rewind(-1 if self._done is None else self._done)
@@ -74,8 +86,7 @@ def build(loaded: LoadedRecipe, run_dir: Path, progress: Progress | None = None)
         return
     assert isinstance(recipe, CodecRecipe)
     policy = load_start(recipe.policy.path, recipe.seed)
-    with folder_lock(run_dir):
-        log = RunLog(recipe, run_dir, progress)
+    with RunLog(recipe, run_dir, progress) as log:
         log.begin()
         _train_codec(policy, recipe, log)
         progress.finish("train")
@@ -113,8 +124,8 @@ def _pretrain(
     if not main:
         progress = SilentProgress()
     done = None if checkpoint is None else step_of(checkpoint)
-    with quiet_libraries(), folder_lock(run_dir) if main else nullcontext():
-        pretrain(recipe, run_dir, RunLog(recipe, run_dir, progress, done), progress, checkpoint)
+    with quiet_libraries(), RunLog(recipe, run_dir, progress, done) as log:
+        pretrain(recipe, run_dir, log, progress, checkpoint)
         progress.finish("train")
         if not main:
             return

@@ -83,7 +83,7 @@ def test_a_lora_run_leaves_a_merged_policy_metrics_and_a_clean_screen(train, pol
         ):
             assert torch.equal(one, other), name
     assert trained.config.provenance["grpo"] == {"run": "tiny", "steps": 6, "seed": 0}
-    assert sorted(p.name for p in out.iterdir()) == [
+    assert sorted(p.name for p in out.iterdir() if p.name != ".lock") == [
         "checkpoints", "metrics.jsonl", "policy", "recipe.yaml",
     ]  # fmt: skip
     assert sorted(p.name for p in (out / "checkpoints").iterdir()) == [
@@ -395,4 +395,4 @@ def test_a_prompt_file_without_prompts_is_refused(train, tmp_path):
 def test_tasks_that_a_file_lacks_are_refused(train, tmp_path):
     write_prompts(tmp_path / "mine.jsonl")
     result = train(f"prompts.source={tmp_path / 'mine.jsonl'}", "prompts.tasks={own: 0, other: 1}")
-    refused(result, 1, "mine.jsonl", "no prompts are left")
+    refused(result, 1, "mine.jsonl", "prompts.tasks.other", "it has own")

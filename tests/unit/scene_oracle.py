@@ -68,10 +68,7 @@ def official_relations(a: SceneObject, b: SceneObject) -> set[str]:
 
 
 def shown(scene: Scene) -> set[Fact]:
-    """Return every fact a prompt of any task could state about the picture.
-
-    A two-object prompt states two classes in one order; only a two-object scene has one.
-    """
+    """Return every fact a prompt of any task could state about the picture."""
     if scene.word is not None:
         return {("text", scene.word)}
     facts: set[Fact] = set()
@@ -79,10 +76,9 @@ def shown(scene: Scene) -> set[Fact]:
         facts |= {("single_object", label), ("counting", label, number)}
     for item in scene.objects:
         facts.add(("colors", item.label, item.color))
-    if scene.task == "two_object":
-        facts.add(("two_object", *(item.label for item in scene.objects)))
     for a, b in permutations(scene.objects, 2):
         if a.label != b.label:
+            facts.add(("two_object", frozenset((a.label, b.label))))
             facts.add(("color_attr", frozenset(((a.label, a.color), (b.label, b.color)))))
             facts |= {("position", a.label, rule, b.label) for rule in official_relations(a, b)}
     return facts
@@ -102,7 +98,7 @@ def asked(metadata: Mapping[str, Any]) -> Fact:
     if task == "counting":
         return (task, labels[0], include[0]["count"])
     if task == "two_object":
-        return (task, *labels)
+        return (task, frozenset(labels))
     if task == "position":
         relation, target = include[1]["position"]
         return (task, labels[1], relation, labels[target])
