@@ -62,13 +62,14 @@ class RayPool:
         self._pushed: tuple[Any, int] | None = None  # object reference and step of the last push
         self._fingerprint: str | None = None  # that all workers had after the last push
         self._owns_cluster = not ray.is_initialized()
-        if self._owns_cluster:
-            _start(placement)
-        _check_room(placement)
         self.replaced = 0
         """Workers that were lost and replaced since the start."""
-        self.workers = [self._new_worker() for _ in range(placement.workers)]
+        self.workers: list[Any] = []
+        if self._owns_cluster:
+            _start(placement)
         try:
+            _check_room(placement)
+            self.workers = [self._new_worker() for _ in range(placement.workers)]
             self._on_all("ready")
         except BaseException:
             self.close()
@@ -163,7 +164,7 @@ class RayPool:
                 except ray.exceptions.RayTaskError as error:
                     # What the engine itself refuses, another worker would refuse as well.
                     raise error.cause from None
-                except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
+                except ray.exceptions.RayError as error:  # dead, out of memory, lost, hung
                     if getattr(error, "actor_init_failed", False):
                         raise RunError(f"a rollout worker cannot start: {error}") from None
                     losses.append(f"worker {index}: {error}")
@@ -174,29 +175,22 @@ class RayPool:
                             "    Fix: if memory ran out, sample fewer images at a time or give "
                             "workers more room; then `atelier resume` goes on."
                         ) from error
-                    self._replace(index)
-                    again = getattr(self.workers[index], method).remote(*pieces[index])
-                    running[again] = index
+                    running[self._again(index, method, pieces[index])] = index
         return [results[i] for i in range(len(pieces))]
 
-    def _replace(self, index: int) -> None:
-        """Start a worker in the place of a lost one and give it the weights of the last push."""
+    def _again(self, index: int, method: str, piece: tuple[Any, ...]) -> Any:
+        """Issue a lost worker's piece to a new one, which first loads the weights of the last push.
+
+        During a push the piece is the weights; all workers are compared after it.
+        """
         import ray
 
         ray.kill(self.workers[index])
         self.workers[index] = worker = self._new_worker()
         self.replaced += 1
-        if self._pushed is None:
-            return
-        ray.get(worker.load_weights.remote(*self._pushed))
-        if self._fingerprint is None:  # lost during a push: the others are checked after it
-            return
-        found = ray.get(worker.fingerprint.remote())
-        if found != self._fingerprint:
-            raise WeightMismatch(
-                f"the worker that replaces worker {index} holds other weights than the rest "
-                f"(fingerprints {found[:12]} and {self._fingerprint[:12]})"
-            )
+        if self._pushed is None or method == "load_weights":
+            return getattr(worker, method).remote(*piece)
+        return worker.caught_up.remote(*self._pushed, self._fingerprint, method, *piece)
 
     def _new_worker(self) -> Any:
         import ray
@@ -227,11 +221,23 @@ class _Worker:
     def fingerprint(self) -> str:
         return self.engine.fingerprint()
 
+    def caught_up(
+        self, packed: Any, step: int, expected: str | None, method: str, *piece: Any
+    ) -> Any:
+        """Load the last push, prove that it arrived (if the others did), then do what was asked."""
+        self.load_weights(packed, step)
+        if expected is not None and (found := self.fingerprint()) != expected:
+            raise WeightMismatch(
+                f"a worker that replaces a lost one holds other weights than the rest "
+                f"(fingerprints {found[:12]} and {expected[:12]})"
+            )
+        return getattr(self, method)(*piece)
+
 
 def _pack(tensor: Tensor) -> tuple[np.ndarray, str]:
     """Ray shares numpy arrays between processes without a copy; numpy has no bfloat16."""
     flat = tensor.detach().cpu().contiguous()
-    return flat.view(torch.uint8).numpy() if flat.dim() else flat.numpy(), str(flat.dtype)
+    return flat.view(torch.uint8).numpy(), str(flat.dtype)
 
 
 def _unpack(array: np.ndarray, dtype: str) -> Tensor:

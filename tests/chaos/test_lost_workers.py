@@ -1,5 +1,6 @@
 """Runs whose rollout workers are killed end with the numbers of a run that nothing happened to."""
 
+import contextlib
 import random
 import threading
 import time
@@ -37,9 +38,12 @@ def undisturbed(recipe, tmp_path_factory):
 
 
 def rollout_workers() -> list[psutil.Process]:
-    # Asked for beforehand, names are left out of processes that end meanwhile.
-    named = psutil.process_iter(["name"])
-    return [p for p in named if (p.info["name"] or "").startswith("ray::_Worker")]
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # it ended meanwhile
+            if process.name().startswith("ray::_Worker"):
+                found.append(process)
+    return found
 
 
 class Killer(threading.Thread):

@@ -205,6 +205,44 @@ def test_a_lost_worker_is_replaced_and_nothing_changes(pool, trainer, spec, loss
     assert pool.fingerprint() == fingerprint_tensors(merged_tensors(trainer.model))
 
 
+def spoil_next_worker(pool: RayPool, monkeypatch, spoil) -> None:
+    """Spoil the next worker that the pool starts, before it does anything."""
+    original = pool._new_worker
+
+    def spoiled():
+        monkeypatch.setattr(pool, "_new_worker", original)
+        worker = original()
+        worker.__ray_call__.remote(spoil)
+        return worker
+
+    monkeypatch.setattr(pool, "_new_worker", spoiled)
+
+
+def die_when_loading(worker) -> None:
+    worker.engine.load_weights = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_replacement_that_is_lost_as_well_is_replaced(pool, trainer, spec, monkeypatch):
+    push_weights(pool, trainer)
+    expected = own_engine(trainer, spec).generate(PROMPTS, N, Sampling(), SEEDS)
+    replaced = pool.replaced
+    in_worker(pool, 0, die_at_next_generate)
+    spoil_next_worker(pool, monkeypatch, die_when_loading)
+    found = pool.generate(PROMPTS, N, Sampling(), SEEDS)
+    assert torch.equal(found.completion_ids, expected.completion_ids)
+    assert pool.replaced == replaced + 2
+
+
+def test_a_replacement_with_other_weights_stops_the_run(pool, trainer, monkeypatch):
+    push_weights(pool, trainer)
+    in_worker(pool, 0, die_at_next_generate)
+    spoil_next_worker(pool, monkeypatch, skip_loading)
+    with pytest.raises(WeightMismatch, match="replaces a lost one"):
+        pool.generate(PROMPTS, N, Sampling(), SEEDS)
+    in_worker(pool, 0, restore)
+    push_weights(pool, trainer)
+
+
 def test_workers_without_room_are_refused_before_anything_waits(spec, pool):
     with pytest.raises(RunError, match=r"3000 workers need 3000 CPUs[\s\S]*Fix: use fewer"):
         RayPool(spec.build, Placement(workers=3000), torch.float32)

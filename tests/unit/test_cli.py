@@ -285,6 +285,9 @@ def test_sample_draws_a_sheet_that_says_how_it_was_made(monkeypatch, small_polic
         def state_dict(self):
             return {}
 
+        def settings(self):
+            return {}
+
         def generate(self, prompts, **settings):
             calls.append((prompts, settings))
             color = (0, 0, 255) if "blue" in prompts[0] else (255, 0, 0)

@@ -20,7 +20,7 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     (folder / "policy.json").write_text("{}")
     painter = StandInPolicy(load_suite("geneval-scenes").records, 0.3)
-    painter.state_dict = dict  # type: ignore[attr-defined]
+    painter.state_dict = painter.settings = dict  # type: ignore[attr-defined]
     loader = SimpleNamespace(from_pretrained=lambda path, dtype, device: painter)
     monkeypatch.setattr(policy, "Policy", loader, raising=False)
     monkeypatch.chdir(tmp_path)
