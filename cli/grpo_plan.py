@@ -281,7 +281,7 @@ def _show_verdict(verdict: dict[str, Any]) -> None:
     if fix:
         what = f"{fix['change']} ({fix['needs'] / 1e9:.3g} GB)"
     else:
-        what = "spread it over 8 GPUs with ZeRO-3, or use a device with more memory."
+        what = "use a device with more memory."
     console.say(f"does not fit: {needs} of {where} for {verdict['decided_by']}", style="yellow")
     console.say(f"    Fix: {what}", style="green")
 

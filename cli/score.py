@@ -93,9 +93,15 @@ def _of_recipe(name: str) -> "list[RewardSpec]":
 
 def _named(uses: list[str], arguments: list[str]) -> "list[RewardSpec]":
     from cli import reward_arguments
+    from common.errors import UsageError
     from rewards.spec import RewardSpec
 
     names = {use.rpartition(":")[2]: use for use in uses}
+    if len(names) < len(uses):
+        raise UsageError(
+            "two of the rewards have the same name, and results are told apart by it.\n"
+            "    Fix: give each once, or rename a function."
+        )
     args = reward_arguments.parse(arguments, prefixed=list(names))
     return [RewardSpec(use, args=args.get(name, {})) for name, use in names.items()]
 

@@ -23,6 +23,8 @@ from evals.suites import Metric
 from evals.training_curves import load_training
 
 TEMPLATES = Path(__file__).parent / "templates"
+_OWN = {"report.html", "report.md", "images"}
+"""What a report folder holds."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +78,12 @@ def build_report(
             "a report needs at least one result folder.\n    Fix: atelier report results/NAME"
         )
     out = Path(out_dir)
-    if out.is_dir() and any(out.iterdir()) and not (out / "report.html").is_file():
-        raise RunError(f"{out} holds other files.\n    Fix: give --out a new or an empty folder.")
+    for found in out.iterdir() if out.is_dir() else ():
+        if found.name not in _OWN:
+            raise RunError(
+                f"{out} holds {found.name}, which is no part of a report.\n"
+                "    Fix: give --out a new or an empty folder."
+            )
     groups: dict[str, list[ResultFolder]] = {}
     for result in map(load_results, result_dirs):
         groups.setdefault(result.suite, []).append(result)

@@ -131,10 +131,7 @@ class Policy(nn.Module):
         )
 
     def settings(self) -> dict[str, Any]:
-        """Return what decides a picture besides weights and sampling: all parts' configurations.
-
-        Where the policy comes from and which library versions wrote it are left out.
-        """
+        """Return what decides a picture besides weights and sampling, without its provenance."""
         parts = {
             "ar": self.ar.config.to_dict(),
             "diffusion": dict(self.diffusion.config),
@@ -182,17 +179,18 @@ class Policy(nn.Module):
     def encode_images(self, pixels: Tensor) -> Tensor:
         """Return image codes int64 [B, N] of pixels [B, 3, H, W] in [-1, 1].
 
-        Of a picture that is not square, codes and latents both describe the centre.
+        Codes and latents describe the centre square, in the codecs' own type: mixed precision may
+        cast the language model alone.
         """
         crop = "squashed_tokens" not in self.config.compatibility
         pixels = square(pixels, self.config.tokenizer_image_size, crop)
-        return self.image_tokenizer.encode(pixels.to(self.device, self.ar.dtype))
+        return self.image_tokenizer.encode(pixels.to(next(self.image_tokenizer.parameters())))
 
     @torch.no_grad()
     def encode_latents(self, pixels: Tensor) -> Tensor:
         """Return scaled diffusion latents [B, C, S, S] of pixels [B, 3, H, W] in [-1, 1]."""
         pixels = square(pixels, self.config.image_size)
-        latents = self.vae.encode(pixels.to(self.device, self.ar.dtype)).latent
+        latents = self.vae.encode(pixels.to(next(self.vae.parameters()))).latent
         return latents * self.vae.config.scaling_factor
 
     def score(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ import inspect
 import json
 import sqlite3
 import threading
+import uuid
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -74,17 +75,30 @@ def reward_identity(function: RewardFunction) -> str:
     """Return a hash of a reward's name, arguments and source file, so that an edit is noticed."""
     source = inspect.getsourcefile(inspect.unwrap(function.function))
     code = Path(source).read_bytes() if source and Path(source).is_file() else b""
-    return _hash(function.name, json.dumps(function.args, sort_keys=True, default=repr), code)
+    return _hash(function.name, json.dumps(function.args, sort_keys=True, default=_content), code)
 
 
 def image_digest(image: Image.Image) -> str:
-    """Return a hash of a picture's pixels, size and mode."""
-    return _hash(image.mode, str(image.size), image.tobytes())
+    """Return a hash of a picture's size, mode and pixels, as colours: a palette counts."""
+    pixels = image.convert("RGBA") if image.mode in ("P", "PA") else image
+    return _hash(image.mode, str(image.size), pixels.tobytes())
 
 
 def score_key(identity: str, digest: str, prompt: str, columns: Mapping[str, Any]) -> str:
     """Return the key of one score; `columns` are the values that the reward gets to see."""
-    return _hash(identity, digest, prompt, json.dumps(columns, sort_keys=True, default=repr))
+    return _hash(identity, digest, prompt, json.dumps(columns, sort_keys=True, default=_content))
+
+
+def _content(value: Any) -> str:
+    """Return a hash of what an array, a picture or another object holds, not of how it is shown.
+
+    What cannot be told by its content is new every time, so that its score is never reused.
+    """
+    if isinstance(value, Image.Image):
+        return image_digest(value)
+    if hasattr(value, "tobytes") and hasattr(value, "dtype"):
+        return _hash(str(value.dtype), str(value.shape), value.tobytes())
+    return value.hex() if isinstance(value, bytes) else uuid.uuid4().hex
 
 
 def _hash(*parts: str | bytes) -> str:

@@ -4,7 +4,7 @@ This file is the way in: read `_run` from top to bottom.
 """
 
 from collections.abc import Mapping
-from contextlib import ExitStack, closing
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ def train(loaded: LoadedRecipe, run_dir: Path, progress: Progress | None = None)
     Raises `Interrupted` after SIGINT or SIGTERM, with a checkpoint written.
     """
     recipe = located(_grpo(loaded), loaded.files)
-    _run(recipe, run_dir, progress or SilentProgress(), checkpoint=None)
+    _run(recipe, run_dir, progress or SilentProgress(), None, folder_lock(run_dir))
 
 
 def resume(run_dir: Path, progress: Progress | None = None) -> None:
@@ -60,20 +60,27 @@ def resume(run_dir: Path, progress: Progress | None = None) -> None:
     path = run_dir / "recipe.yaml"
     if not path.is_file():
         raise RunError(f"{run_dir} is not a run: recipe.yaml is missing.")
-    recipe = _grpo(load_recipe(str(path)))
-    if (run_dir / "policy").exists():
-        raise RunError(
-            f"{run_dir} is finished: its policy is {run_dir / 'policy'}.\n"
-            "    Fix: to train longer, start a run with that policy.path and another --out."
-        )
-    checkpoint, passed_over = newest_valid(run_dir / "checkpoints")
-    for line in passed_over:
-        progress.line(f"passed over {line}")
-    progress.line(f"resuming from {checkpoint or 'the start: there is no checkpoint yet'}")
-    _run(recipe, run_dir, progress, checkpoint)
+    with folder_lock(run_dir):
+        recipe = _grpo(load_recipe(str(path)))
+        if (run_dir / "policy").exists():
+            raise RunError(
+                f"{run_dir} is finished: its policy is {run_dir / 'policy'}.\n"
+                "    Fix: to train longer, start a run with that policy.path and another --out."
+            )
+        checkpoint, passed_over = newest_valid(run_dir / "checkpoints")
+        for line in passed_over:
+            progress.line(f"passed over {line}")
+        progress.line(f"resuming from {checkpoint or 'the start: there is no checkpoint yet'}")
+        _run(recipe, run_dir, progress, checkpoint, nullcontext())
 
 
-def _run(recipe: GrpoRecipe, run_dir: Path, progress: Progress, checkpoint: Path | None) -> None:
+def _run(
+    recipe: GrpoRecipe,
+    run_dir: Path,
+    progress: Progress,
+    checkpoint: Path | None,
+    lock: AbstractContextManager[None],
+) -> None:
     with quiet_libraries(), ExitStack() as parts:
         policy = load_policy(recipe)
         lora = lora_config(recipe.policy.lora, policy) if recipe.policy.lora else None
@@ -104,7 +111,7 @@ def _run(recipe: GrpoRecipe, run_dir: Path, progress: Progress, checkpoint: Path
         )
         held_out = _held_out(recipe, suite, sampler, sync) if suite else None
         # Only now: a run that cannot start leaves no folder behind.
-        parts.enter_context(folder_lock(run_dir))
+        parts.enter_context(lock)
         write_text(run_dir / "recipe.yaml", dump_recipe(recipe))
         journal = Journal(run_dir / "metrics.jsonl")
         done = 0 if checkpoint is None else step_of(checkpoint)

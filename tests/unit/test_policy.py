@@ -364,3 +364,12 @@ def test_the_hash_sees_settings_as_well_as_weights(policy):
         before = after
     policy.config = replace(policy.config, provenance={"from": "elsewhere"})
     assert policy_hash(policy) == before
+
+
+def test_codecs_compute_in_their_own_type_when_the_language_model_is_cast(policy):
+    """As DeepSpeed does in bf16: it casts what it trains, and leaves the codecs as they are."""
+    pixels = torch.rand(2, 3, 48, 48) * 2 - 1
+    codes, latents = policy.encode_images(pixels), policy.encode_latents(pixels)
+    policy.ar.to(torch.bfloat16)
+    assert torch.equal(policy.encode_images(pixels), codes)
+    assert torch.equal(policy.encode_latents(pixels), latents)

@@ -162,9 +162,18 @@ def test_a_report_is_replaced_and_other_folders_are_not(tmp_path: Path) -> None:
     (tmp_path / "out" / "images" / "stale.webp").write_bytes(b"old")
     build_report([folder], tmp_path / "out")
     assert not (tmp_path / "out" / "images" / "stale.webp").exists()
-    with pytest.raises(RunError, match="other files"):
+    with pytest.raises(RunError, match="which is no part of a report"):
         build_report([folder], folder)
     assert load_results(folder).samples
+
+
+def test_a_report_beside_something_of_the_user_s_is_not_replaced(tmp_path: Path) -> None:
+    out = tmp_path / "report"
+    build_report([results(tmp_path / "a")], out)
+    (out / "thesis.tex").write_text("years of work")
+    with pytest.raises(RunError, match=r"thesis\.tex"):
+        build_report([tmp_path / "a"], out)
+    assert (out / "thesis.tex").read_text() == "years of work"
 
 
 def test_large_pictures_become_thumbnails(tmp_path: Path) -> None:

@@ -257,3 +257,13 @@ def test_nothing_scored_ends_with_1(pictures, folder, capsys):
     assert main(["score", "pics", "-r", "none.py:none"]) == 1
     assert "no picture could be scored" in capsys.readouterr().err
     assert len(rows_of(folder)) == 4
+
+
+def test_two_rewards_of_one_name_are_refused(folder, capsys):
+    for name in ("a", "b"):
+        (folder / f"{name}.py").write_text(
+            "def f(images, prompts):\n    return [0.0] * len(images)\n"
+        )
+    arguments = ["score", str(folder), "-r", f"{folder / 'a.py'}:f", "-r", f"{folder / 'b.py'}:f"]
+    assert main(arguments) == 2
+    assert "two of the rewards have the same name" in capsys.readouterr().err
