@@ -193,7 +193,7 @@ def hang_at_next_generate(worker) -> None:
 def test_a_lost_worker_is_replaced_and_nothing_changes(pool, trainer, spec, loss):
     push_weights(pool, trainer)
     expected = own_engine(trainer, spec).generate(PROMPTS, N, Sampling(), SEEDS)
-    before, pool._placement = pool._placement, Placement(workers=2, timeout_s=8)
+    before, pool._placement = pool._placement, Placement(workers=2, timeout_s=25)
     replaced = pool.replaced
     try:
         in_worker(pool, 1, loss)
