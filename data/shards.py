@@ -8,7 +8,7 @@ resumed run goes on at the next position, in the middle of an epoch too.
 
 import re
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -240,8 +240,3 @@ class Shards:
 @lru_cache(maxsize=4 * BLOCK_SHARDS)
 def _mapped(path: Path) -> np.ndarray:
     return np.memmap(path, dtype=np.uint8, mode="r")
-
-
-def shard_names(paths: Sequence[Path]) -> Iterator[str]:
-    """Yield each shard's name and size, by which a resumed run knows them again."""
-    yield from (f"{path} {path.stat().st_size}" for path in paths)

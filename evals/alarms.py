@@ -93,7 +93,7 @@ def _clipped(steps: Sequence[Row]) -> str | None:
 
 def _spike(steps: Sequence[Row]) -> str | None:
     norms = _values(steps, "grad_norm")
-    if len(norms) < 2 * WINDOW or norms[-1] <= SPIKE * median(norms[:-1]) or norms[-1] == 0:
+    if len(norms) < 2 * WINDOW or norms[-1] <= SPIKE * median(norms[:-1]):
         return None
     return f"the gradient norm jumped to {norms[-1]:.3g} from about {median(norms[:-1]):.3g}"
 

@@ -22,7 +22,7 @@ from policy import Policy
 from policy.quiet import quiet_libraries
 from recipes import LoadedRecipe, Recipe, dump_recipe, load_recipe
 from recipes.schema_pretrain import AutoencoderRecipe, ImageTokenizerRecipe, PretrainRecipe
-from rl.checkpoints import newest_valid, step_of
+from rl.checkpoints import checkpoint_to_resume, newest_valid, step_of
 from rl.codecs import scene_pixels, train_autoencoder, train_image_tokenizer
 from rl.pretrain import pretrain, task_weights
 from rl.start_policy import export_policy, load_start
@@ -105,15 +105,7 @@ def resume(run_dir: Path, progress: Progress | None = None) -> None:
             f"`{recipe.name}` is a {recipe.kind} recipe, whose runs cannot be resumed.\n"
             "    Fix: run the stage again with `atelier train` and another --out."
         )
-    if (run_dir / "policy").exists():
-        raise RunError(
-            f"{run_dir} is finished: its policy is {run_dir / 'policy'}.\n"
-            "    Fix: to train longer, start a run with that policy.path and another --out."
-        )
-    checkpoint, passed_over = newest_valid(run_dir / "checkpoints")
-    for line in passed_over:
-        progress.line(f"passed over {line}")
-    progress.line(f"resuming from {checkpoint or 'the start: there is no checkpoint yet'}")
+    checkpoint = checkpoint_to_resume(run_dir, progress)
     _pretrain(recipe, run_dir, progress, checkpoint)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from common.atomic import write_text
 from common.errors import RunError
+from common.progress import Progress
 
 MANIFEST = "manifest.json"
 
@@ -57,6 +58,23 @@ def newest_valid(checkpoints: Path) -> tuple[Path | None, list[str]]:
         f"{checkpoints} holds no usable checkpoint:{reasons}\n"
         "    Fix: start the run anew with `atelier train` and another --out."
     )
+
+
+def checkpoint_to_resume(run_dir: Path, progress: Progress) -> Path | None:
+    """Return the newest whole checkpoint of an unfinished run, and tell what was passed over.
+
+    None: there is none yet, and the run starts anew. Raises RunError for a finished run.
+    """
+    if (run_dir / "policy").exists():
+        raise RunError(
+            f"{run_dir} is finished: its policy is {run_dir / 'policy'}.\n"
+            "    Fix: to train longer, start a run with that policy.path and another --out."
+        )
+    checkpoint, passed_over = newest_valid(run_dir / "checkpoints")
+    for line in passed_over:
+        progress.line(f"passed over {line}")
+    progress.line(f"resuming from {checkpoint or 'the start: there is no checkpoint yet'}")
+    return checkpoint
 
 
 def step_of(folder: Path) -> int:

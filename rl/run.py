@@ -29,7 +29,7 @@ from rewards.cache import ScoreCache
 from rewards.runner import RewardRunner
 from rewards.spec import spec_from
 from rl.callbacks import HeldOutCallback, InterruptCallback, JournalCallback
-from rl.checkpoints import newest_valid, step_of
+from rl.checkpoints import checkpoint_to_resume, step_of
 from rl.grpo import ImageGRPOTrainer, Sync
 from rl.lora import lora_config
 from rl.rollouts import Decode, Sampler
@@ -62,15 +62,7 @@ def resume(run_dir: Path, progress: Progress | None = None) -> None:
         raise RunError(f"{run_dir} is not a run: recipe.yaml is missing.")
     with folder_lock(run_dir):
         recipe = _grpo(load_recipe(str(path)))
-        if (run_dir / "policy").exists():
-            raise RunError(
-                f"{run_dir} is finished: its policy is {run_dir / 'policy'}.\n"
-                "    Fix: to train longer, start a run with that policy.path and another --out."
-            )
-        checkpoint, passed_over = newest_valid(run_dir / "checkpoints")
-        for line in passed_over:
-            progress.line(f"passed over {line}")
-        progress.line(f"resuming from {checkpoint or 'the start: there is no checkpoint yet'}")
+        checkpoint = checkpoint_to_resume(run_dir, progress)
         _run(recipe, run_dir, progress, checkpoint, nullcontext())
 
 
