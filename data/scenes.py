@@ -24,7 +24,7 @@ from common.seeds import counter_seed
 from data.scene_captions import caption, geneval_metadata, metadata, misdescribe, text_metadata
 from data.scene_content import TASKS, Record, Scene, SceneObject, relations
 from data.scene_painting import paint, render_scene
-from data.scene_split import asks_for_new_pair, is_held_out, metadata_held_out
+from data.scene_split import is_held_out, metadata_held_out
 
 __all__ = [
     "TASKS",
@@ -149,12 +149,6 @@ def _task_prompts(split: str, task: str, seed: int) -> list[Record]:
         records = _all_metadata(task, seed)
     rng = np.random.default_rng(counter_seed(seed, f"prompts/{split}", task))
     rng.shuffle(records)
-    if held_out and task == "color_attr":
-        # Most would ask for class pairs never seen together. Taking turns, a short list measures
-        # new colours of known pairs just as well.
-        new = [m for m in records if asks_for_new_pair(m)]
-        known = [m for m in records if not asks_for_new_pair(m)]
-        records = [m for both in zip(known, new, strict=False) for m in both]
     return [
         {"prompt": m["prompt"], "prompt_id": str(m["prompt"]).replace(" ", "-"), "metadata": m}
         for m in records

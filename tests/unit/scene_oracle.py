@@ -78,9 +78,10 @@ def shown(scene: Scene) -> set[Fact]:
         facts.add(("colors", item.label, item.color))
     for a, b in permutations(scene.objects, 2):
         if a.label != b.label:
-            facts.add(("two_object", frozenset((a.label, b.label))))
             facts.add(("color_attr", frozenset(((a.label, a.color), (b.label, b.color)))))
             facts |= {("position", a.label, rule, b.label) for rule in official_relations(a, b)}
+    if scene.task == "two_object":  # the sentence, in its order
+        facts.add(("two_object", *(item.label for item in scene.objects)))
     return facts
 
 
@@ -98,7 +99,7 @@ def asked(metadata: Mapping[str, Any]) -> Fact:
     if task == "counting":
         return (task, labels[0], include[0]["count"])
     if task == "two_object":
-        return (task, frozenset(labels))
+        return (task, *labels)
     if task == "position":
         relation, target = include[1]["position"]
         return (task, labels[1], relation, labels[target])

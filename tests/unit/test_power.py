@@ -67,7 +67,7 @@ def test_a_pilot_of_one_picture_per_prompt_says_nothing(tmp_path: Path) -> None:
 def test_geneval_is_known_without_its_file_and_other_suites_are_counted() -> None:
     assert sum(task_sizes("geneval", {}).values()) == 553
     sizes = task_sizes("geneval-scenes", {})
-    assert sizes["position"] == 20  # 40 prompts, each beside its mirror
+    assert sizes["position"] == 12  # 24 prompts, each beside its mirror
     assert ASSUMED.cluster_variance(4) == pytest.approx(0.1125)
 
 
