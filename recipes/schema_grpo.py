@@ -123,6 +123,14 @@ class RolloutSection(Section):
     prompts_per_step: Annotated[
         int, Field(ge=1, le=65536, description="Prompts per optimizer step.")
     ] = 12
+    waves: Annotated[
+        int,
+        Field(
+            ge=1,
+            description="Parts of a step that are sampled, rendered and judged at the same time, "
+            "one behind the other; 1 = one stage after the other.",
+        ),
+    ] = 1
     temperature: Annotated[
         float, Field(gt=0, le=10, description="Sampling temperature; 1 = the model as it is.")
     ] = 1.0
@@ -328,5 +336,11 @@ class GrpoRecipe(Header):
                 f"A step has {images} images (group_size x prompts_per_step), which "
                 f"{self.train.micro_batch} does not divide.",
                 f"use a divisor of {images}.",
+            )
+        if self.rollout.waves > self.rollout.prompts_per_step:
+            raise cross_error(
+                "rollout.waves",
+                f"A step has {self.rollout.prompts_per_step} prompts, fewer than waves.",
+                f"use at most {self.rollout.prompts_per_step}.",
             )
         return self

@@ -6,7 +6,6 @@ left out of the update, and weight sync to an engine of ours.
 """
 
 import shutil
-import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -27,6 +26,7 @@ from rl.image_head import add_image_head
 from rl.reward_columns import reward_columns
 from rl.rollouts import Rollout, Sampler
 from rl.trl_release import GRPOConfig, GRPOTrainer
+from rollout.timeline import Timeline
 
 Sync = Callable[[int], None]
 
@@ -63,10 +63,11 @@ class ImageGRPOTrainer(GRPOTrainer):
         self.drop_zero_variance = drop_zero_variance
         self.checkpoints = checkpoints
         self.keep_last = keep_last
-        self.seconds: dict[str, float] = {}
+        self.timeline = Timeline()
         self.last_rollout: Rollout | None = None
         self.last_scores: list[Scored] = []
         self.last_prompts: list[str] = []
+        self._asked: list[Mapping[str, Any]] = []  # the records of the step's samples
         self._old_logprobs: Tensor | None = None
         self._nothing_to_learn = False
         self._unscored_steps = 0
@@ -106,7 +107,7 @@ class ImageGRPOTrainer(GRPOTrainer):
     # --- rollout and reward ---------------------------------------------------------------------
 
     def rollout(self, prompts: Sequence[str]) -> dict[str, Any]:
-        """Sample and render this process's groups (TRL's `rollout_func` contract)."""
+        """Sample, render and judge this process's groups (TRL's `rollout_func` contract)."""
         size = self.num_generations
         groups = [prompts[i] for i in range(0, len(prompts), size)]
         if len(prompts) % size or any(p != groups[i // size] for i, p in enumerate(prompts)):
@@ -115,34 +116,30 @@ class ImageGRPOTrainer(GRPOTrainer):
                 "Make rollout.prompts_per_step a multiple of the number of processes."
             )
         step, process = self.state.global_step, self.accelerator.process_index
-        rollout = self.sampler(groups, size, step, process)
-        self.last_rollout = rollout
+        self.last_prompts = list(prompts)
+        rollout = self.sampler(groups, size, step, process, judge=self._judge)
+        self.last_rollout, self.last_scores = rollout, rollout.scores
         # Without the correction TRL does not ask for them: an update a step has ratio 1.
         self._old_logprobs = rollout.logprobs if self.vllm_importance_sampling_correction else None
-        self.seconds |= rollout.seconds
+        self.timeline.intervals += rollout.intervals
         return {
             "prompt_ids": rollout.prompt_ids,
             "completion_ids": rollout.completion_ids.tolist(),
             "logprobs": rollout.behaviour_logprobs.tolist(),
-            "images": rollout.images,
         }
 
-    def reward(
-        self, prompts: list[str], images: list[Any], place: list[int], log_metric: Any, **_: Any
-    ) -> list[dict[str, float] | None]:
-        """Score the pictures with every reward of the recipe; None where one that counts failed.
+    def _judge(self, images: list[Any], rows: slice) -> list[Scored]:
+        """Score pictures of the step's samples `rows` with every reward of the recipe."""
+        keys = dict.fromkeys(key for record in self._asked for key in record if key != "prompt")
+        columns = {key: [record.get(key) for record in self._asked[rows]] for key in keys}
+        return self.rewards.score(images, self.last_prompts[rows], columns, self.state.global_step)
+
+    def reward(self, log_metric: Any, **_: Any) -> list[dict[str, float] | None]:
+        """Return the scores of the rollout just made; None where a reward that counts failed.
 
         A picture's entry holds what each reward counts, which TRL multiplies with its weight.
         """
-        started = time.perf_counter()
-        step = self.state.global_step
-        records = [self.records[i] for i in place]
-        keys = dict.fromkeys(key for record in records for key in record if key != "prompt")
-        columns = {key: [record.get(key) for record in records] for key in keys}
-        self.last_prompts = prompts
-        self.last_scores = self.rewards.score(images, prompts, columns, step)
-        self.seconds["reward"] = time.perf_counter() - started
-        weights = self.rewards.weights(step)
+        weights = self.rewards.weights(self.state.global_step)
         self.reward_weights = torch.tensor([weights[name] for name in self.rewards.names])
         for name in self.rewards.names:
             parts = [p for s in self.last_scores if (p := s.parts[name]) is not None]
@@ -150,7 +147,7 @@ class ImageGRPOTrainer(GRPOTrainer):
                 log_metric(f"parts/{name}", float(np.mean(parts)))
         missing = sum(scored.total is None for scored in self.last_scores)
         log_metric("missing_rewards", float(missing))
-        self._unscored_steps = self._unscored_steps + 1 if missing == len(images) else 0
+        self._unscored_steps = self._unscored_steps + 1 if missing == len(self.last_scores) else 0
         if self._unscored_steps == UNSCORED_STEPS:
             name, reason = next(iter(self.last_scores[0].reasons.items()), ("-", "unknown"))
             raise RunError(
@@ -164,6 +161,7 @@ class ImageGRPOTrainer(GRPOTrainer):
     # --- private methods of TRL that the image case replaces (pinned by a contract test) ---------
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        self._asked = [self.records[row["place"]] for row in inputs]
         output = super()._generate_and_score_completions(inputs)
         if self.model.training:
             output = self._informative(output)
@@ -276,9 +274,8 @@ class _EngineSync:
         self._sync = sync
 
     def sync_weights(self) -> None:
-        started = time.perf_counter()
-        self._sync(self._trainer.state.global_step)
-        self._trainer.seconds["sync"] = time.perf_counter() - started
+        with self._trainer.timeline.busy("sync"):
+            self._sync(self._trainer.state.global_step)
 
 
 def _rollout(prompts: list[str], trainer: ImageGRPOTrainer) -> dict[str, Any]:

@@ -32,10 +32,12 @@ from rl.callbacks import HeldOutCallback, InterruptCallback, JournalCallback
 from rl.checkpoints import checkpoint_to_resume, step_of
 from rl.grpo import ImageGRPOTrainer, Sync
 from rl.lora import lora_config
-from rl.rollouts import Decode, Sampler
+from rl.rollouts import Sampler
 from rl.trl_release import GRPOConfig
 from rollout.build import EngineSpec
+from rollout.decode import Decode
 from rollout.engine import Engine
+from rollout.micro_batch import Events
 from rollout.sync import ModelSide, push_weights, verify_sync
 from rollout.transformers_engine import TransformersEngine
 
@@ -87,10 +89,12 @@ def _run(
         )
         rewards = parts.enter_context(build_rewards(recipe))
         rewards.check_records(records)
+        check_waves(recipe, rewards)
         suite = load_suite(recipe.evals.suite, recipe.evals.limit) if recipe.evals.every else None
         asked = {str(r["prompt"]) for r in [*records, *(suite.records if suite else ())]}
         longest = max(map(len, policy.prompt_ids(sorted(asked))))
-        engine = parts.enter_context(closing(build_engine(recipe, policy, longest)))
+        events: Events = []
+        engine = parts.enter_context(closing(build_engine(recipe, policy, longest, events)))
         sync = _sync(policy, engine)
         rollout, decode = recipe.rollout, recipe.decode.train
         sampler = Sampler(
@@ -100,6 +104,8 @@ def _run(
             Decode(decode.steps, decode.guidance, decode.noise == "shared_in_group"),
             recipe.seed,
             recipe.train.micro_batch,
+            rollout.waves,
+            events,
         )
         held_out = _held_out(recipe, suite, sampler, sync) if suite else None
         # Only now: a run that cannot start leaves no folder behind.
@@ -108,7 +114,7 @@ def _run(
         journal = Journal(run_dir / "metrics.jsonl")
         done = 0 if checkpoint is None else step_of(checkpoint)
         journal.rewind(-1 if checkpoint is None else done)
-        shown, interrupt = JournalCallback(journal, progress), InterruptCallback(progress)
+        shown, interrupt = JournalCallback(journal, progress, events), InterruptCallback(progress)
         parts.callback(interrupt.give_back)
         callbacks: list[TrainerCallback] = [shown, interrupt]
         if held_out is not None:
@@ -152,15 +158,16 @@ def load_policy(recipe: GrpoRecipe) -> Policy:
     return policy
 
 
-def build_engine(recipe: GrpoRecipe, policy: Policy, longest_prompt: int) -> Engine:
+def build_engine(recipe: GrpoRecipe, policy: Policy, longest_prompt: int, events: Events) -> Engine:
     """Return the rollout engine: the trainer's own module, vLLM beside it, or workers on Ray.
 
-    `longest_prompt` is that of the whole run in tokens, template included.
+    `longest_prompt` is that of the whole run in tokens, template included. What happens to the
+    engine is noted in `events`.
     """
     config, rollout = policy.config, recipe.rollout
     images = (config.image_start_id, config.num_image_tokens, config.num_tokens)
     if rollout.engine == "transformers" and not rollout.workers:
-        return TransformersEngine(policy.ar, *images, config.pad_id)
+        return TransformersEngine(policy.ar, *images, config.pad_id, events=events)
     device = "cuda" if rollout.ray.gpus_per_worker else "cpu"
     spec = EngineSpec(
         rollout.engine,
@@ -179,13 +186,23 @@ def build_engine(recipe: GrpoRecipe, policy: Policy, longest_prompt: int) -> Eng
     placement = Placement(
         rollout.workers, ray.address, ray.cpus_per_worker, ray.gpus_per_worker, ray.timeout_s
     )
-    return RayPool(spec.build, placement, policy.ar.dtype)
+    return RayPool(spec.build, placement, policy.ar.dtype, events)
 
 
 def build_rewards(recipe: GrpoRecipe) -> RewardRunner:
     """Load the rewards of a recipe whose files have been located."""
     specs = [spec_from(function.model_dump()) for function in recipe.rewards.functions]
     return RewardRunner(specs, cache=ScoreCache() if recipe.rewards.cache else None)
+
+
+def check_waves(recipe: GrpoRecipe, rewards: RewardRunner) -> None:
+    """Raise RunError if a reward would have to judge a step in parts and cannot."""
+    if recipe.rollout.waves > 1 and rewards.whole_batch:
+        raise RunError(
+            f"rollout.waves is {recipe.rollout.waves}, and the reward `{rewards.whole_batch[0]}` "
+            "compares the pictures of a whole step.\n"
+            "    Fix: set rollout.waves to 1."
+        )
 
 
 def trainer_config(recipe: GrpoRecipe, run_dir: Path, completion_length: int) -> GRPOConfig:
@@ -253,7 +270,7 @@ def _held_out(recipe: GrpoRecipe, suite: Suite, sampler: Sampler, sync: Sync) ->
         Sampling(),
         Decode(recipe.decode.eval.steps, recipe.decode.eval.guidance, shared_noise=False),
         run_seed=0,
-        micro_batch=sampler.micro_batch,
+        micro_batch=recipe.train.micro_batch,
     )
 
     def held_out(step: int) -> Mapping[str, Any]:

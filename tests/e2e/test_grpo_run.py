@@ -171,6 +171,34 @@ def test_per_sample_noise_changes_the_pictures_and_nothing_else(train, tmp_path)
     assert own["reward_std"] > 0
 
 
+def test_a_run_in_waves_learns_the_same_and_tells_when_each_stage_was_at_work(train, tmp_path):
+    runs = []
+    for waves in (1, 3):
+        exit_code, out, stdout, stderr = train("train.steps=2", f"rollout.waves={waves}")
+        assert exit_code == 0, stderr
+        assert_clean(stdout, stderr)
+        runs.append(steps(out))
+        out.rename(tmp_path / f"waves-{waves}")
+    for whole, waves in zip(*runs, strict=True):
+        assert waves["reward"] == pytest.approx(whole["reward"], rel=1e-3)
+        assert waves["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-2)
+        stages = [(stage, wave) for stage, wave, _, _ in waves["stages"]]
+        expected = [(s, w) for s in ("rollout", "score", "render", "reward") for w in range(3)]
+        assert sorted(stages) == sorted([("sync", 0), ("update", 0), *expected])
+        busy = {stage: 0.0 for stage in waves["seconds"]}
+        for stage, _, start, end in waves["stages"]:
+            assert 0 <= start <= end
+            busy[stage] += end - start
+        assert busy == pytest.approx(waves["seconds"], abs=1e-3)
+        first, last = waves["stages"][0], waves["stages"][-1]
+        assert (first[0], last[0]) == ("sync", "update")
+
+
+def test_a_reward_that_compares_a_whole_step_is_not_given_waves(train):
+    result = train("rollout.waves=2", code=NOW_AND_THEN)
+    refused(result, 1, "rollout.waves is 2", "`now_and_then` compares", "rollout.waves to 1")
+
+
 def test_a_run_on_signs_is_read_by_ocr(train, policy_folder):
     exit_code, out, stdout, stderr = train(
         f"policy.path={policy_folder}",
