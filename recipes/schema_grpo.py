@@ -163,6 +163,22 @@ class DecodeTrainSection(DecodeEvalSection):
     ] = "shared_in_group"
 
 
+class DecodeCheckSection(Section):
+    """Whether training's decoding ranks the images of a prompt as evaluation's does."""
+
+    every: Annotated[int, Field(ge=0, description="Steps between two checks; 0 = none.")] = 0
+    limit: Annotated[
+        float,
+        Field(
+            ge=-1,
+            le=1,
+            description="Rank correlation of the reward within groups below which training decodes "
+            "better: twice the steps, in the end as evaluation does.",
+        ),
+    ] = 0.8
+    prompts: Annotated[int, Field(ge=1, description="Groups of the step that are compared.")] = 4
+
+
 class DecodeSection(Section):
     """Training may decode more cheaply than evaluation."""
 
@@ -171,6 +187,9 @@ class DecodeSection(Section):
     )
     eval: Annotated[DecodeEvalSection, Field(description="Decoding for evaluation.")] = (
         DecodeEvalSection()
+    )
+    check: Annotated[DecodeCheckSection, Field(description="Comparison of the two.")] = (
+        DecodeCheckSection()
     )
 
 

@@ -22,6 +22,7 @@ from common.errors import RunError
 from common.seeds import counter_seed
 from rewards.runner import RewardRunner, Scored
 from rl.checkpoints import publish
+from rl.decode_check import DecodeCheck
 from rl.image_head import add_image_head
 from rl.reward_columns import reward_columns
 from rl.rollouts import Rollout, Sampler
@@ -52,6 +53,7 @@ class ImageGRPOTrainer(GRPOTrainer):
         rewards: RewardRunner,
         sync: Sync,
         drop_zero_variance: bool = True,
+        decode_check: DecodeCheck | None = None,
         callbacks: Iterable[TrainerCallback] = (),
         peft_config: Any = None,
         checkpoints: Path,
@@ -61,6 +63,7 @@ class ImageGRPOTrainer(GRPOTrainer):
         self.rewards = rewards
         self.records = records
         self.drop_zero_variance = drop_zero_variance
+        self.decode_check = decode_check
         self.checkpoints = checkpoints
         self.keep_last = keep_last
         self.timeline = Timeline()
@@ -122,6 +125,12 @@ class ImageGRPOTrainer(GRPOTrainer):
         # Without the correction TRL does not ask for them: an update a step has ratio 1.
         self._old_logprobs = rollout.logprobs if self.vllm_importance_sampling_correction else None
         self.timeline.intervals += rollout.intervals
+        if self.decode_check is not None and self.decode_check.due(step, self.sampler.decode):
+            with self.timeline.busy("decode check"):
+                self.decode_check(
+                    self.sampler, rollout, size, step, process,
+                    judge=self._judge, gather=self.accelerator.gather,
+                )  # fmt: skip
         return {
             "prompt_ids": rollout.prompt_ids,
             "completion_ids": rollout.completion_ids.tolist(),

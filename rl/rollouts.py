@@ -143,6 +143,28 @@ class Sampler:
             timeline.intervals,
         )
 
+    def decoded_again(
+        self,
+        rollout: Rollout,
+        rows: slice,
+        group_size: int,
+        decode: Decode,
+        *counters: int | str,
+    ) -> list[Image.Image]:
+        """Return other pictures of samples of `rollout`: same tokens and noise, another decoding.
+
+        Give the group size and the counters with which the rollout was made.
+        """
+        hidden = self.policy.condition_rows(rollout.prompt_ids[rows], rollout.completion_ids[rows])
+        places = [divmod(i, group_size) for i in range(*rows.indices(len(rollout.images)))]
+        return self.decoder(hidden, self._noise_seeds(places, counters), decode)
+
+    def _noise_seeds(
+        self, places: Sequence[tuple[int, int]], counters: Sequence[int | str]
+    ) -> list[int]:
+        starts = [(g, 0) if self.decode.shared_noise else (g, m) for g, m in places]
+        return [counter_seed(self.run_seed, "noise", *counters, *start) for start in starts]
+
     def _waves(
         self, prompts: Sequence[str], group_size: int, counters: Sequence[int | str]
     ) -> list[Wave]:
@@ -151,7 +173,6 @@ class Sampler:
         waves: list[Wave] = []
         for run in np.array_split(np.arange(len(prompts)), min(self.waves, len(prompts))):
             places = [(group, member) for group in run.tolist() for member in range(group_size)]
-            starts = [(g, 0) if self.decode.shared_noise else (g, m) for g, m in places]
             first = int(run[0]) * group_size
             waves.append(
                 Wave(
@@ -159,7 +180,7 @@ class Sampler:
                     [prompt_ids[group] for group in run],
                     slice(first, first + len(places)),
                     [counter_seed(self.run_seed, "tokens", *counters, *place) for place in places],
-                    [counter_seed(self.run_seed, "noise", *counters, *start) for start in starts],
+                    self._noise_seeds(places, counters),
                 )
             )
         return waves

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from common.atomic import atomic_dir, write_text
 from common.errors import Interrupted, RunError
-from common.journal import Journal
+from common.journal import Journal, read_journal
 from common.lock import folder_lock
 from common.progress import Progress, SilentProgress
 from data.prompts import draw_records
@@ -30,6 +30,7 @@ from rewards.runner import RewardRunner
 from rewards.spec import spec_from
 from rl.callbacks import HeldOutCallback, InterruptCallback, JournalCallback
 from rl.checkpoints import checkpoint_to_resume, step_of
+from rl.decode_check import DecodeCheck, decode_of_journal
 from rl.grpo import ImageGRPOTrainer, Sync
 from rl.lora import lora_config
 from rl.rollouts import Sampler
@@ -89,7 +90,7 @@ def _run(
         )
         rewards = parts.enter_context(build_rewards(recipe))
         rewards.check_records(records)
-        check_waves(recipe, rewards)
+        check_parts(recipe, rewards)
         suite = load_suite(recipe.evals.suite, recipe.evals.limit) if recipe.evals.every else None
         asked = {str(r["prompt"]) for r in [*records, *(suite.records if suite else ())]}
         longest = max(map(len, policy.prompt_ids(sorted(asked))))
@@ -114,6 +115,7 @@ def _run(
         journal = Journal(run_dir / "metrics.jsonl")
         done = 0 if checkpoint is None else step_of(checkpoint)
         journal.rewind(-1 if checkpoint is None else done)
+        sampler.decode = decode_of_journal(read_journal(journal.path), sampler.decode)
         shown, interrupt = JournalCallback(journal, progress, events), InterruptCallback(progress)
         parts.callback(interrupt.give_back)
         callbacks: list[TrainerCallback] = [shown, interrupt]
@@ -127,6 +129,7 @@ def _run(
             rewards=rewards,
             sync=sync,
             drop_zero_variance=recipe.algorithm.drop_zero_variance,
+            decode_check=_decode_check(recipe, events),
             callbacks=callbacks,
             peft_config=lora,
             checkpoints=run_dir / "checkpoints",
@@ -195,14 +198,18 @@ def build_rewards(recipe: GrpoRecipe) -> RewardRunner:
     return RewardRunner(specs, cache=ScoreCache() if recipe.rewards.cache else None)
 
 
-def check_waves(recipe: GrpoRecipe, rewards: RewardRunner) -> None:
+def check_parts(recipe: GrpoRecipe, rewards: RewardRunner) -> None:
     """Raise RunError if a reward would have to judge a step in parts and cannot."""
-    if recipe.rollout.waves > 1 and rewards.whole_batch:
-        raise RunError(
-            f"rollout.waves is {recipe.rollout.waves}, and the reward `{rewards.whole_batch[0]}` "
-            "compares the pictures of a whole step.\n"
-            "    Fix: set rollout.waves to 1."
-        )
+    in_parts = {
+        "rollout.waves": (recipe.rollout.waves, 1),
+        "decode.check.every": (recipe.decode.check.every, 0),
+    }
+    for key, (value, off) in in_parts.items():
+        if value != off and rewards.whole_batch:
+            raise RunError(
+                f"{key} is {value}, and the reward `{rewards.whole_batch[0]}` compares the "
+                f"pictures of a whole step.\n    Fix: set {key} to {off}."
+            )
 
 
 def trainer_config(recipe: GrpoRecipe, run_dir: Path, completion_length: int) -> GRPOConfig:
@@ -260,6 +267,15 @@ def _sync(policy: Policy, engine: Engine) -> Sync:
             push_weights(engine, side)
 
     return sync
+
+
+def _decode_check(recipe: GrpoRecipe, events: Events) -> DecodeCheck | None:
+    check, full = recipe.decode.check, recipe.decode.eval
+    if not check.every:
+        return None
+    return DecodeCheck(
+        check.every, check.limit, check.prompts, Decode(full.steps, full.guidance), events
+    )
 
 
 def _held_out(recipe: GrpoRecipe, suite: Suite, sampler: Sampler, sync: Sync) -> Any:

@@ -55,7 +55,7 @@ class MicroBatch:
                 f"{self._halvings} halvings ({reason}).\n"
                 f"    Fix: {self._advice}; then `atelier resume` goes on."
             )
-        clear_device_cache(garbage_collection=True)
+        clear_device_cache()
         self._halvings += 1
         self.size = -(-size // 2)
         self._events.append(
