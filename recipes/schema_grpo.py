@@ -131,6 +131,16 @@ class RolloutSection(Section):
             "one behind the other; 1 = one stage after the other.",
         ),
     ] = 1
+    save_to: Annotated[
+        TextPath | None,
+        Field(description="Folder for each step's samples (`--save-rollouts`); null = none."),
+    ] = None
+    replay: Annotated[
+        TextPath | None,
+        Field(
+            description="Folder of saved samples to learn from instead of sampling (`--replay`)."
+        ),
+    ] = None
     temperature: Annotated[
         float, Field(gt=0, le=10, description="Sampling temperature; 1 = the model as it is.")
     ] = 1.0
@@ -355,6 +365,14 @@ class GrpoRecipe(Header):
                 f"A step has {images} images (group_size x prompts_per_step), which "
                 f"{self.train.micro_batch} does not divide.",
                 f"use a divisor of {images}.",
+            )
+        if self.rollout.save_to and self.rollout.replay:
+            raise cross_error(
+                "rollout.save_to", "A replay makes no rollouts to save.", "set one of the two."
+            )
+        if self.rollout.replay and self.decode.check.every:
+            raise cross_error(
+                "decode.check.every", "A replay decodes nothing to check.", "set it to 0."
             )
         if self.rollout.waves > self.rollout.prompts_per_step:
             raise cross_error(

@@ -24,6 +24,7 @@ from rewards.runner import RewardRunner, Scored
 from rl.checkpoints import publish
 from rl.decode_check import DecodeCheck
 from rl.image_head import add_image_head
+from rl.replay import load_rollout, save_rollout
 from rl.reward_columns import reward_columns
 from rl.rollouts import Rollout, Sampler
 from rl.trl_release import GRPOConfig, GRPOTrainer
@@ -39,7 +40,8 @@ class ImageGRPOTrainer(GRPOTrainer):
     """GRPO whose completions are pictures.
 
     `sampler` makes the rollouts, `rewards` judges them, `sync` brings the weights of a step to the
-    engine and proves that they arrived. `last_rollout`, `last_prompts` and `last_scores` stay
+    engine and proves that they arrived. Rollouts are also written to the folder `save_to`, or read
+    from `replay` instead of being made. `last_rollout`, `last_prompts` and `last_scores` stay
     readable for callbacks.
     """
 
@@ -54,6 +56,8 @@ class ImageGRPOTrainer(GRPOTrainer):
         sync: Sync,
         drop_zero_variance: bool = True,
         decode_check: DecodeCheck | None = None,
+        save_to: Path | None = None,
+        replay: Path | None = None,
         callbacks: Iterable[TrainerCallback] = (),
         peft_config: Any = None,
         checkpoints: Path,
@@ -64,6 +68,8 @@ class ImageGRPOTrainer(GRPOTrainer):
         self.records = records
         self.drop_zero_variance = drop_zero_variance
         self.decode_check = decode_check
+        self.save_to = save_to
+        self.replay = replay
         self.checkpoints = checkpoints
         self.keep_last = keep_last
         self.timeline = Timeline()
@@ -120,7 +126,12 @@ class ImageGRPOTrainer(GRPOTrainer):
             )
         step, process = self.state.global_step, self.accelerator.process_index
         self.last_prompts = list(prompts)
-        rollout = self.sampler(groups, size, step, process, judge=self._judge)
+        if self.replay is not None:
+            rollout = load_rollout(self.replay, prompts, step, process, self.accelerator.device)
+        else:
+            rollout = self.sampler(groups, size, step, process, judge=self._judge)
+        if self.save_to is not None:
+            save_rollout(self.save_to, rollout, prompts, step, process)
         self.last_rollout, self.last_scores = rollout, rollout.scores
         # Without the correction TRL does not ask for them: an update a step has ratio 1.
         self._old_logprobs = rollout.logprobs if self.vllm_importance_sampling_correction else None

@@ -33,12 +33,13 @@ from rl.checkpoints import checkpoint_to_resume, step_of
 from rl.decode_check import DecodeCheck, decode_of_journal
 from rl.grpo import ImageGRPOTrainer, Sync
 from rl.lora import lora_config
+from rl.replay import check_saved, refuse_used
 from rl.rollouts import Sampler
 from rl.trl_release import GRPOConfig
 from rollout.build import EngineSpec
 from rollout.decode import Decode
 from rollout.engine import Engine
-from rollout.micro_batch import Events
+from rollout.micro_batch import Events, memory_advice
 from rollout.sync import ModelSide, push_weights, verify_sync
 from rollout.transformers_engine import TransformersEngine
 
@@ -54,6 +55,8 @@ def train(loaded: LoadedRecipe, run_dir: Path, progress: Progress | None = None)
     Raises `Interrupted` after SIGINT or SIGTERM, with a checkpoint written.
     """
     recipe = located(_grpo(loaded), loaded.files)
+    if recipe.rollout.save_to:
+        refuse_used(Path(recipe.rollout.save_to))
     _run(recipe, run_dir, progress or SilentProgress(), None, folder_lock(run_dir))
 
 
@@ -90,6 +93,8 @@ def _run(
         )
         rewards = parts.enter_context(build_rewards(recipe))
         rewards.check_records(records)
+        if recipe.rollout.replay:
+            check_saved(Path(recipe.rollout.replay), recipe.train.steps)
         check_parts(recipe, rewards)
         suite = load_suite(recipe.evals.suite, recipe.evals.limit) if recipe.evals.every else None
         asked = {str(r["prompt"]) for r in [*records, *(suite.records if suite else ())]}
@@ -130,6 +135,8 @@ def _run(
             sync=sync,
             drop_zero_variance=recipe.algorithm.drop_zero_variance,
             decode_check=_decode_check(recipe, events),
+            save_to=Path(rollout.save_to) if rollout.save_to else None,
+            replay=Path(rollout.replay) if rollout.replay else None,
             callbacks=callbacks,
             peft_config=lora,
             checkpoints=run_dir / "checkpoints",
@@ -138,7 +145,10 @@ def _run(
         shown.trainer = trainer
         progress.start("train", recipe.train.steps)
         progress.advance("train", done)
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        # The stages of a rollout help themselves; what is left is the update.
+        fix = f"set train.micro_batch lower in {run_dir}/recipe.yaml, then `atelier resume` it"
+        with memory_advice("the update", fix):
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         progress.finish("train")
         step = trainer.state.global_step
         if interrupt.interrupted and step < recipe.train.steps:
@@ -169,7 +179,8 @@ def build_engine(recipe: GrpoRecipe, policy: Policy, longest_prompt: int, events
     """
     config, rollout = policy.config, recipe.rollout
     images = (config.image_start_id, config.num_image_tokens, config.num_tokens)
-    if rollout.engine == "transformers" and not rollout.workers:
+    # A replay samples for the held-out evaluation alone.
+    if (rollout.engine == "transformers" and not rollout.workers) or rollout.replay:
         return TransformersEngine(policy.ar, *images, config.pad_id, events=events)
     device = "cuda" if rollout.ray.gpus_per_worker else "cpu"
     spec = EngineSpec(

@@ -1,6 +1,7 @@
 """How many samples a stage takes at a time, and what happens when memory runs out."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from common.errors import RunError
@@ -66,6 +67,18 @@ class MicroBatch:
                 "reason": reason,
             }
         )
+
+
+@contextmanager
+def memory_advice(where: str, fix: str) -> Iterator[None]:
+    """Turn running out of memory inside into a RunError that says where, and the fix."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not _out_of_memory(error):
+            raise
+        reason = str(error).splitlines()[0]
+        raise RunError(f"{where} ran out of memory ({reason}).\n    Fix: {fix}.") from error
 
 
 def pieces(count: int, size: int) -> list[slice]:

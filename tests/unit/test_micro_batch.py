@@ -7,7 +7,7 @@ from test_rollouts import GROUP, PROMPTS, engine_of, pixels, sampler_of
 
 from common.errors import RunError
 from rollout import Sampling
-from rollout.micro_batch import MicroBatch, pieces
+from rollout.micro_batch import MicroBatch, memory_advice, pieces
 from rollout.transformers_engine import TransformersEngine
 
 
@@ -96,6 +96,16 @@ def test_the_failed_attempt_holds_no_memory_while_the_next_one_works():
 
     MicroBatch("score", 16, "", []).attempt(16, work)
     assert len(held) == 3
+
+
+def test_an_update_that_does_not_fit_says_what_to_change():
+    with (
+        pytest.raises(RunError, match=r"the update ran out of memory[\s\S]*Fix: take less\."),
+        memory_advice("the update", "take less"),
+    ):
+        allocate(2, 1)
+    with pytest.raises(RuntimeError, match="shapes"), memory_advice("the update", "take less"):
+        raise RuntimeError("shapes do not fit")
 
 
 def test_pieces_cover_everything_once():
