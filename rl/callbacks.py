@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 from common.journal import Journal
 from common.progress import Progress
 from rollout.micro_batch import Events
-from rollout.timeline import Interval, Timeline, busy_seconds
+from rollout.timeline import Interval, busy_seconds
 
 if TYPE_CHECKING:
     from rl.grpo import ImageGRPOTrainer
@@ -78,7 +78,7 @@ class JournalCallback(TrainerCallback):
     def _times(self) -> dict[str, Any]:
         """How long each stage was at work, and when: [stage, wave, start, end] from the start."""
         assert self.trainer is not None
-        intervals, self.trainer.timeline = self.trainer.timeline.intervals, Timeline()
+        intervals = list(self.trainer.timeline.intervals)
         sampled = max((interval.end for interval in intervals), default=self._started)
         intervals.append(Interval("update", 0, sampled, max(self._ended, sampled)))
         intervals.sort(key=lambda interval: interval.start)

@@ -28,7 +28,7 @@ from rl.replay import load_rollout, save_rollout
 from rl.reward_columns import reward_columns
 from rl.rollouts import Rollout, Sampler
 from rl.trl_release import GRPOConfig, GRPOTrainer
-from rollout.timeline import Timeline
+from rollout.timeline import Timeline, busy_seconds
 
 Sync = Callable[[int], None]
 
@@ -115,6 +115,11 @@ class ImageGRPOTrainer(GRPOTrainer):
 
     # --- rollout and reward ---------------------------------------------------------------------
 
+    @property
+    def seconds(self) -> dict[str, float]:
+        """How long each stage of the step's rollout was at work."""
+        return busy_seconds(self.timeline.intervals)
+
     def rollout(self, prompts: Sequence[str]) -> dict[str, Any]:
         """Sample, render and judge this process's groups (TRL's `rollout_func` contract)."""
         size = self.num_generations
@@ -181,6 +186,7 @@ class ImageGRPOTrainer(GRPOTrainer):
     # --- private methods of TRL that the image case replaces (pinned by a contract test) ---------
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        self.timeline = Timeline()
         self._asked = [self.records[row["place"]] for row in inputs]
         output = super()._generate_and_score_completions(inputs)
         if self.model.training:
