@@ -1,5 +1,6 @@
 """`atelier train`: run a recipe."""
 
+import json
 from pathlib import Path
 
 import typer
@@ -19,13 +20,27 @@ def register(app: typer.Typer) -> None:
         out: Path | None = typer.Option(
             None, help="Folder of the run; it must be new. [default: runs/NAME]", show_default=False
         ),
+        save_rollouts: Path | None = typer.Option(
+            None,
+            metavar="DIR",
+            help="Keep each step's samples, with scores and pictures, in this new folder.",
+            show_default=False,
+        ),
+        replay: Path | None = typer.Option(
+            None,
+            metavar="DIR",
+            help="Learn from samples that --save-rollouts kept, without making any.",
+            show_default=False,
+        ),
     ) -> None:
         """Train a policy as a recipe says."""
         from cli import console
         from common.processes import is_main_process
         from recipes import load_recipe
 
-        loaded = load_recipe(recipe, overrides or [])
+        folders = {"rollout.save_to": save_rollouts, "rollout.replay": replay}
+        asked = [f"{key}={json.dumps(str(f))}" for key, f in folders.items() if f is not None]
+        loaded = load_recipe(recipe, [*(overrides or []), *asked])
         run_dir = out or Path("runs") / loaded.recipe.name
         if is_main_process():
             refuse_used(run_dir)

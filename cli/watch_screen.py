@@ -11,6 +11,7 @@ from rich.text import Text
 from cli.chart import Point, line_chart, sparkline
 from cli.console import duration, facts_text
 from evals.alarms import headline
+from evals.stage_chart import step_seconds
 
 if TYPE_CHECKING:
     from evals.run_state import RunState
@@ -53,7 +54,7 @@ def step_line(state: "RunState", row: Mapping[str, Any]) -> str:
     facts = {key: row[key] for key in names if key in row} or _numbers(row)
     parts = [f"step {row['step']}/{state.total}", facts_text(facts)]
     if row.get("seconds"):
-        seconds = sum(row["seconds"].values())
+        seconds = step_seconds(row)
         parts.append(f"{seconds:.1f}s")
         if left := state.total - row["step"]:
             parts.append(f"eta {duration(left * (state.step_seconds or seconds))}")

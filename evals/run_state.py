@@ -8,6 +8,7 @@ from typing import Any, Literal
 from common.errors import UsageError
 from common.journal import read_journal
 from evals.alarms import alarms
+from evals.stage_chart import step_seconds
 from recipes import load_recipe
 
 QUIET_STEPS, QUIET_SECONDS = 10, 120.0
@@ -43,7 +44,7 @@ class RunState:
     @property
     def step_seconds(self) -> float | None:
         """Median seconds of a recent step, where the run tells the time of its stages."""
-        whole = [sum(row["seconds"].values()) for row in self._timed()]
+        whole = [step_seconds(row) for row in self._timed()]
         return median(whole) if whole else None
 
     @property

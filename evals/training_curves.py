@@ -11,6 +11,7 @@ import numpy as np
 from common.errors import RunError
 from common.journal import read_journal
 from evals.alarms import headline
+from evals.stage_chart import StageChart, stage_chart
 
 SMALL_CHARTS = {
     "reward_std": "Spread of the reward",
@@ -56,6 +57,8 @@ class Training:
     small: list[LineChart]
     stages: list[tuple[str, float, float]]
     """Stage, mean seconds a step, share of the step in per cent."""
+    step: StageChart | None
+    """When each stage of a usual step was at work."""
     recipe: str | None
 
 
@@ -92,6 +95,7 @@ def load_training(run_dir: Path) -> Training:
         sentence=_sentence([y for _, y in reward], [y for _, y in evaluated]),
         small=small,
         stages=_stages(steps),
+        step=stage_chart(steps),
         recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else None,
     )
 

@@ -21,14 +21,19 @@ def located(recipe: GrpoRecipe, files: Sequence[Path]) -> GrpoRecipe:
         path, _, function = use.rpartition(":")
         return f"{found(path)}:{function}" if path.endswith(".py") else use
 
+    def absolute(text: str | None) -> str | None:
+        return None if text is None else str(Path(text).expanduser().resolve())
+
     path, source = recipe.policy.path, recipe.prompts.source
+    saved = {"save_to": recipe.rollout.save_to, "replay": recipe.rollout.replay}
     functions = tuple(
         f.model_copy(update={"use": reward_file(f.use)}) for f in recipe.rewards.functions
     )
     sections = {
-        "policy": {"path": path if path == "base" else str(Path(path).expanduser().resolve())},
+        "policy": {"path": path if path == "base" else absolute(path)},
         "prompts": {"source": source if source == "scenes" else found(source)},
         "rewards": {"functions": functions},
+        "rollout": {key: absolute(folder) for key, folder in saved.items()},
     }
     return recipe.model_copy(
         update={key: getattr(recipe, key).model_copy(update=v) for key, v in sections.items()}

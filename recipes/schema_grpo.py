@@ -123,6 +123,24 @@ class RolloutSection(Section):
     prompts_per_step: Annotated[
         int, Field(ge=1, le=65536, description="Prompts per optimizer step.")
     ] = 12
+    waves: Annotated[
+        int,
+        Field(
+            ge=1,
+            description="Parts of a step that are sampled, rendered and judged at the same time, "
+            "one behind the other; 1 = one stage after the other.",
+        ),
+    ] = 1
+    save_to: Annotated[
+        TextPath | None,
+        Field(description="Folder for each step's samples (`--save-rollouts`); null = none."),
+    ] = None
+    replay: Annotated[
+        TextPath | None,
+        Field(
+            description="Folder of saved samples to learn from instead of sampling (`--replay`)."
+        ),
+    ] = None
     temperature: Annotated[
         float, Field(gt=0, le=10, description="Sampling temperature; 1 = the model as it is.")
     ] = 1.0
@@ -155,6 +173,22 @@ class DecodeTrainSection(DecodeEvalSection):
     ] = "shared_in_group"
 
 
+class DecodeCheckSection(Section):
+    """Whether training's decoding ranks the images of a prompt as evaluation's does."""
+
+    every: Annotated[int, Field(ge=0, description="Steps between two checks; 0 = none.")] = 0
+    limit: Annotated[
+        float,
+        Field(
+            ge=-1,
+            le=1,
+            description="Rank correlation of the reward within groups below which training decodes "
+            "better: twice the steps, in the end as evaluation does.",
+        ),
+    ] = 0.8
+    prompts: Annotated[int, Field(ge=1, description="Groups of the step that are compared.")] = 4
+
+
 class DecodeSection(Section):
     """Training may decode more cheaply than evaluation."""
 
@@ -163,6 +197,9 @@ class DecodeSection(Section):
     )
     eval: Annotated[DecodeEvalSection, Field(description="Decoding for evaluation.")] = (
         DecodeEvalSection()
+    )
+    check: Annotated[DecodeCheckSection, Field(description="Comparison of the two.")] = (
+        DecodeCheckSection()
     )
 
 
@@ -328,5 +365,19 @@ class GrpoRecipe(Header):
                 f"A step has {images} images (group_size x prompts_per_step), which "
                 f"{self.train.micro_batch} does not divide.",
                 f"use a divisor of {images}.",
+            )
+        if self.rollout.save_to and self.rollout.replay:
+            raise cross_error(
+                "rollout.save_to", "A replay makes no rollouts to save.", "set one of the two."
+            )
+        if self.rollout.replay and self.decode.check.every:
+            raise cross_error(
+                "decode.check.every", "A replay decodes nothing to check.", "set it to 0."
+            )
+        if self.rollout.waves > self.rollout.prompts_per_step:
+            raise cross_error(
+                "rollout.waves",
+                f"A step has {self.rollout.prompts_per_step} prompts, fewer than waves.",
+                f"use at most {self.rollout.prompts_per_step}.",
             )
         return self

@@ -136,6 +136,11 @@ class RewardRunner:
         return [part.name for part in self._parts]
 
     @property
+    def whole_batch(self) -> list[str]:
+        """Names of the rewards that compare the pictures of a call (see the module's text)."""
+        return [part.name for part in self._parts if part.function.whole_batch]
+
+    @property
     def seconds(self) -> dict[str, float]:
         """Seconds that each reward took in the last `score`."""
         return {part.name: part.seconds for part in self._parts}

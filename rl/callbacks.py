@@ -9,6 +9,8 @@ from transformers import TrainerCallback
 
 from common.journal import Journal
 from common.progress import Progress
+from rollout.micro_batch import Events
+from rollout.timeline import Interval, busy_seconds
 
 if TYPE_CHECKING:
     from rl.grpo import ImageGRPOTrainer
@@ -31,11 +33,15 @@ _LOGGED = {
 
 
 class JournalCallback(TrainerCallback):
-    """Write one row a step to `metrics.jsonl` and show it."""
+    """Write one row a step to `metrics.jsonl` and show it.
 
-    def __init__(self, journal: Journal, progress: Progress) -> None:
+    Before it come the step's `events` (lost workers, halved micro-batches), which are then emptied.
+    """
+
+    def __init__(self, journal: Journal, progress: Progress, events: Events) -> None:
         self.journal = journal
         self.progress = progress
+        self._events = events
         self.trainer: ImageGRPOTrainer | None = None
         self._started = self._ended = 0.0
 
@@ -61,14 +67,28 @@ class JournalCallback(TrainerCallback):
         }
         row |= self._details()
         row["samples"] = self._samples()
-        seconds = dict(self.trainer.seconds)
-        whole = self._ended - self._started
-        seconds["update"] = max(whole - sum(seconds.values()), 0.0)
-        row["seconds"] = {stage: round(value, 4) for stage, value in seconds.items()}
-        self.trainer.seconds.clear()
+        row |= self._times()
+        for event in self._events:
+            self.journal.write(event | {"step": state.global_step})
+        self._events.clear()
         self.journal.write(row)
         facts = {"reward": _rounded(row["reward"]) or "-", "strict": _rounded(row.get("strict"))}
         self.progress.advance("train", 1, **{k: v for k, v in facts.items() if v is not None})
+
+    def _times(self) -> dict[str, Any]:
+        """How long each stage was at work, and when: [stage, wave, start, end] from the start."""
+        assert self.trainer is not None
+        intervals = list(self.trainer.timeline.intervals)
+        sampled = max((interval.end for interval in intervals), default=self._started)
+        intervals.append(Interval("update", 0, sampled, max(self._ended, sampled)))
+        intervals.sort(key=lambda interval: interval.start)
+        return {
+            "seconds": {k: round(v, 4) for k, v in busy_seconds(intervals).items()},
+            "stages": [
+                [stage, wave, round(start - self._started, 4), round(end - self._started, 4)]
+                for stage, wave, start, end in intervals
+            ],
+        }
 
     def _details(self) -> dict[str, float]:
         """Mean of what the rewards tell beyond their score (strict, soft, extra objects)."""

@@ -6,7 +6,6 @@ left out of the update, and weight sync to an engine of ours.
 """
 
 import shutil
-import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -23,10 +22,13 @@ from common.errors import RunError
 from common.seeds import counter_seed
 from rewards.runner import RewardRunner, Scored
 from rl.checkpoints import publish
+from rl.decode_check import DecodeCheck
 from rl.image_head import add_image_head
+from rl.replay import load_rollout, save_rollout
 from rl.reward_columns import reward_columns
 from rl.rollouts import Rollout, Sampler
 from rl.trl_release import GRPOConfig, GRPOTrainer
+from rollout.timeline import Timeline, busy_seconds
 
 Sync = Callable[[int], None]
 
@@ -38,7 +40,8 @@ class ImageGRPOTrainer(GRPOTrainer):
     """GRPO whose completions are pictures.
 
     `sampler` makes the rollouts, `rewards` judges them, `sync` brings the weights of a step to the
-    engine and proves that they arrived. `last_rollout`, `last_prompts` and `last_scores` stay
+    engine and proves that they arrived. Rollouts are also written to the folder `save_to`, or read
+    from `replay` instead of being made. `last_rollout`, `last_prompts` and `last_scores` stay
     readable for callbacks.
     """
 
@@ -52,6 +55,9 @@ class ImageGRPOTrainer(GRPOTrainer):
         rewards: RewardRunner,
         sync: Sync,
         drop_zero_variance: bool = True,
+        decode_check: DecodeCheck | None = None,
+        save_to: Path | None = None,
+        replay: Path | None = None,
         callbacks: Iterable[TrainerCallback] = (),
         peft_config: Any = None,
         checkpoints: Path,
@@ -61,12 +67,16 @@ class ImageGRPOTrainer(GRPOTrainer):
         self.rewards = rewards
         self.records = records
         self.drop_zero_variance = drop_zero_variance
+        self.decode_check = decode_check
+        self.save_to = save_to
+        self.replay = replay
         self.checkpoints = checkpoints
         self.keep_last = keep_last
-        self.seconds: dict[str, float] = {}
+        self.timeline = Timeline()
         self.last_rollout: Rollout | None = None
         self.last_scores: list[Scored] = []
         self.last_prompts: list[str] = []
+        self._asked: list[Mapping[str, Any]] = []  # the records of the step's samples
         self._old_logprobs: Tensor | None = None
         self._nothing_to_learn = False
         self._unscored_steps = 0
@@ -105,8 +115,13 @@ class ImageGRPOTrainer(GRPOTrainer):
 
     # --- rollout and reward ---------------------------------------------------------------------
 
+    @property
+    def seconds(self) -> dict[str, float]:
+        """How long each stage of the step's rollout was at work."""
+        return busy_seconds(self.timeline.intervals)
+
     def rollout(self, prompts: Sequence[str]) -> dict[str, Any]:
-        """Sample and render this process's groups (TRL's `rollout_func` contract)."""
+        """Sample, render and judge this process's groups (TRL's `rollout_func` contract)."""
         size = self.num_generations
         groups = [prompts[i] for i in range(0, len(prompts), size)]
         if len(prompts) % size or any(p != groups[i // size] for i, p in enumerate(prompts)):
@@ -115,34 +130,41 @@ class ImageGRPOTrainer(GRPOTrainer):
                 "Make rollout.prompts_per_step a multiple of the number of processes."
             )
         step, process = self.state.global_step, self.accelerator.process_index
-        rollout = self.sampler(groups, size, step, process)
-        self.last_rollout = rollout
+        self.last_prompts = list(prompts)
+        if self.replay is not None:
+            rollout = load_rollout(self.replay, prompts, step, process, self.accelerator.device)
+        else:
+            rollout = self.sampler(groups, size, step, process, judge=self._judge)
+        if self.save_to is not None:
+            save_rollout(self.save_to, rollout, prompts, step, process)
+        self.last_rollout, self.last_scores = rollout, rollout.scores
         # Without the correction TRL does not ask for them: an update a step has ratio 1.
         self._old_logprobs = rollout.logprobs if self.vllm_importance_sampling_correction else None
-        self.seconds |= rollout.seconds
+        self.timeline.intervals += rollout.intervals
+        if self.decode_check is not None and self.decode_check.due(step, self.sampler.decode):
+            with self.timeline.busy("decode check"):
+                self.decode_check(
+                    self.sampler, rollout, size, step, process,
+                    judge=self._judge, gather=self.accelerator.gather,
+                )  # fmt: skip
         return {
             "prompt_ids": rollout.prompt_ids,
             "completion_ids": rollout.completion_ids.tolist(),
             "logprobs": rollout.behaviour_logprobs.tolist(),
-            "images": rollout.images,
         }
 
-    def reward(
-        self, prompts: list[str], images: list[Any], place: list[int], log_metric: Any, **_: Any
-    ) -> list[dict[str, float] | None]:
-        """Score the pictures with every reward of the recipe; None where one that counts failed.
+    def _judge(self, images: list[Any], rows: slice) -> list[Scored]:
+        """Score pictures of the step's samples `rows` with every reward of the recipe."""
+        keys = dict.fromkeys(key for record in self._asked for key in record if key != "prompt")
+        columns = {key: [record.get(key) for record in self._asked[rows]] for key in keys}
+        return self.rewards.score(images, self.last_prompts[rows], columns, self.state.global_step)
+
+    def reward(self, log_metric: Any, **_: Any) -> list[dict[str, float] | None]:
+        """Return the scores of the rollout just made; None where a reward that counts failed.
 
         A picture's entry holds what each reward counts, which TRL multiplies with its weight.
         """
-        started = time.perf_counter()
-        step = self.state.global_step
-        records = [self.records[i] for i in place]
-        keys = dict.fromkeys(key for record in records for key in record if key != "prompt")
-        columns = {key: [record.get(key) for record in records] for key in keys}
-        self.last_prompts = prompts
-        self.last_scores = self.rewards.score(images, prompts, columns, step)
-        self.seconds["reward"] = time.perf_counter() - started
-        weights = self.rewards.weights(step)
+        weights = self.rewards.weights(self.state.global_step)
         self.reward_weights = torch.tensor([weights[name] for name in self.rewards.names])
         for name in self.rewards.names:
             parts = [p for s in self.last_scores if (p := s.parts[name]) is not None]
@@ -150,7 +172,7 @@ class ImageGRPOTrainer(GRPOTrainer):
                 log_metric(f"parts/{name}", float(np.mean(parts)))
         missing = sum(scored.total is None for scored in self.last_scores)
         log_metric("missing_rewards", float(missing))
-        self._unscored_steps = self._unscored_steps + 1 if missing == len(images) else 0
+        self._unscored_steps = self._unscored_steps + 1 if missing == len(self.last_scores) else 0
         if self._unscored_steps == UNSCORED_STEPS:
             name, reason = next(iter(self.last_scores[0].reasons.items()), ("-", "unknown"))
             raise RunError(
@@ -164,6 +186,8 @@ class ImageGRPOTrainer(GRPOTrainer):
     # --- private methods of TRL that the image case replaces (pinned by a contract test) ---------
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        self.timeline = Timeline()
+        self._asked = [self.records[row["place"]] for row in inputs]
         output = super()._generate_and_score_completions(inputs)
         if self.model.training:
             output = self._informative(output)
@@ -276,9 +300,8 @@ class _EngineSync:
         self._sync = sync
 
     def sync_weights(self) -> None:
-        started = time.perf_counter()
-        self._sync(self._trainer.state.global_step)
-        self._trainer.seconds["sync"] = time.perf_counter() - started
+        with self._trainer.timeline.busy("sync"):
+            self._sync(self._trainer.state.global_step)
 
 
 def _rollout(prompts: list[str], trainer: ImageGRPOTrainer) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from common.atomic import atomic_dir, write_text
 from common.errors import Interrupted, RunError
-from common.journal import Journal
+from common.journal import Journal, read_journal
 from common.lock import folder_lock
 from common.progress import Progress, SilentProgress
 from data.prompts import draw_records
@@ -30,12 +30,16 @@ from rewards.runner import RewardRunner
 from rewards.spec import spec_from
 from rl.callbacks import HeldOutCallback, InterruptCallback, JournalCallback
 from rl.checkpoints import checkpoint_to_resume, step_of
+from rl.decode_check import DecodeCheck, decode_of_journal
 from rl.grpo import ImageGRPOTrainer, Sync
 from rl.lora import lora_config
-from rl.rollouts import Decode, Sampler
+from rl.replay import check_saved, refuse_used
+from rl.rollouts import Sampler
 from rl.trl_release import GRPOConfig
 from rollout.build import EngineSpec
+from rollout.decode import Decode
 from rollout.engine import Engine
+from rollout.micro_batch import Events, memory_advice
 from rollout.sync import ModelSide, push_weights, verify_sync
 from rollout.transformers_engine import TransformersEngine
 
@@ -51,6 +55,8 @@ def train(loaded: LoadedRecipe, run_dir: Path, progress: Progress | None = None)
     Raises `Interrupted` after SIGINT or SIGTERM, with a checkpoint written.
     """
     recipe = located(_grpo(loaded), loaded.files)
+    if recipe.rollout.save_to:
+        refuse_used(Path(recipe.rollout.save_to))
     _run(recipe, run_dir, progress or SilentProgress(), None, folder_lock(run_dir))
 
 
@@ -87,10 +93,14 @@ def _run(
         )
         rewards = parts.enter_context(build_rewards(recipe))
         rewards.check_records(records)
+        if recipe.rollout.replay:
+            check_saved(Path(recipe.rollout.replay), recipe.train.steps)
+        check_parts(recipe, rewards)
         suite = load_suite(recipe.evals.suite, recipe.evals.limit) if recipe.evals.every else None
         asked = {str(r["prompt"]) for r in [*records, *(suite.records if suite else ())]}
         longest = max(map(len, policy.prompt_ids(sorted(asked))))
-        engine = parts.enter_context(closing(build_engine(recipe, policy, longest)))
+        events: Events = []
+        engine = parts.enter_context(closing(build_engine(recipe, policy, longest, events)))
         sync = _sync(policy, engine)
         rollout, decode = recipe.rollout, recipe.decode.train
         sampler = Sampler(
@@ -100,6 +110,8 @@ def _run(
             Decode(decode.steps, decode.guidance, decode.noise == "shared_in_group"),
             recipe.seed,
             recipe.train.micro_batch,
+            rollout.waves,
+            events,
         )
         held_out = _held_out(recipe, suite, sampler, sync) if suite else None
         # Only now: a run that cannot start leaves no folder behind.
@@ -108,7 +120,8 @@ def _run(
         journal = Journal(run_dir / "metrics.jsonl")
         done = 0 if checkpoint is None else step_of(checkpoint)
         journal.rewind(-1 if checkpoint is None else done)
-        shown, interrupt = JournalCallback(journal, progress), InterruptCallback(progress)
+        sampler.decode = decode_of_journal(read_journal(journal.path), sampler.decode)
+        shown, interrupt = JournalCallback(journal, progress, events), InterruptCallback(progress)
         parts.callback(interrupt.give_back)
         callbacks: list[TrainerCallback] = [shown, interrupt]
         if held_out is not None:
@@ -121,6 +134,9 @@ def _run(
             rewards=rewards,
             sync=sync,
             drop_zero_variance=recipe.algorithm.drop_zero_variance,
+            decode_check=_decode_check(recipe, events),
+            save_to=Path(rollout.save_to) if rollout.save_to else None,
+            replay=Path(rollout.replay) if rollout.replay else None,
             callbacks=callbacks,
             peft_config=lora,
             checkpoints=run_dir / "checkpoints",
@@ -129,7 +145,10 @@ def _run(
         shown.trainer = trainer
         progress.start("train", recipe.train.steps)
         progress.advance("train", done)
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        # The stages of a rollout help themselves; what is left is the update.
+        fix = f"set train.micro_batch lower in {run_dir}/recipe.yaml, then `atelier resume` it"
+        with memory_advice("the update", fix):
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         progress.finish("train")
         step = trainer.state.global_step
         if interrupt.interrupted and step < recipe.train.steps:
@@ -152,15 +171,17 @@ def load_policy(recipe: GrpoRecipe) -> Policy:
     return policy
 
 
-def build_engine(recipe: GrpoRecipe, policy: Policy, longest_prompt: int) -> Engine:
+def build_engine(recipe: GrpoRecipe, policy: Policy, longest_prompt: int, events: Events) -> Engine:
     """Return the rollout engine: the trainer's own module, vLLM beside it, or workers on Ray.
 
-    `longest_prompt` is that of the whole run in tokens, template included.
+    `longest_prompt` is that of the whole run in tokens, template included. What happens to the
+    engine is noted in `events`.
     """
     config, rollout = policy.config, recipe.rollout
     images = (config.image_start_id, config.num_image_tokens, config.num_tokens)
-    if rollout.engine == "transformers" and not rollout.workers:
-        return TransformersEngine(policy.ar, *images, config.pad_id)
+    # A replay samples for the held-out evaluation alone.
+    if (rollout.engine == "transformers" and not rollout.workers) or rollout.replay:
+        return TransformersEngine(policy.ar, *images, config.pad_id, events=events)
     device = "cuda" if rollout.ray.gpus_per_worker else "cpu"
     spec = EngineSpec(
         rollout.engine,
@@ -179,13 +200,27 @@ def build_engine(recipe: GrpoRecipe, policy: Policy, longest_prompt: int) -> Eng
     placement = Placement(
         rollout.workers, ray.address, ray.cpus_per_worker, ray.gpus_per_worker, ray.timeout_s
     )
-    return RayPool(spec.build, placement, policy.ar.dtype)
+    return RayPool(spec.build, placement, policy.ar.dtype, events)
 
 
 def build_rewards(recipe: GrpoRecipe) -> RewardRunner:
     """Load the rewards of a recipe whose files have been located."""
     specs = [spec_from(function.model_dump()) for function in recipe.rewards.functions]
     return RewardRunner(specs, cache=ScoreCache() if recipe.rewards.cache else None)
+
+
+def check_parts(recipe: GrpoRecipe, rewards: RewardRunner) -> None:
+    """Raise RunError if a reward would have to judge a step in parts and cannot."""
+    in_parts = {
+        "rollout.waves": (recipe.rollout.waves, 1),
+        "decode.check.every": (recipe.decode.check.every, 0),
+    }
+    for key, (value, off) in in_parts.items():
+        if value != off and rewards.whole_batch:
+            raise RunError(
+                f"{key} is {value}, and the reward `{rewards.whole_batch[0]}` compares the "
+                f"pictures of a whole step.\n    Fix: set {key} to {off}."
+            )
 
 
 def trainer_config(recipe: GrpoRecipe, run_dir: Path, completion_length: int) -> GRPOConfig:
@@ -245,6 +280,15 @@ def _sync(policy: Policy, engine: Engine) -> Sync:
     return sync
 
 
+def _decode_check(recipe: GrpoRecipe, events: Events) -> DecodeCheck | None:
+    check, full = recipe.decode.check, recipe.decode.eval
+    if not check.every:
+        return None
+    return DecodeCheck(
+        check.every, check.limit, check.prompts, Decode(full.steps, full.guidance), events
+    )
+
+
 def _held_out(recipe: GrpoRecipe, suite: Suite, sampler: Sampler, sync: Sync) -> Any:
     """Return the held-out evaluation: the same prompts and seeds at every step of every run."""
     judge = Sampler(
@@ -253,7 +297,7 @@ def _held_out(recipe: GrpoRecipe, suite: Suite, sampler: Sampler, sync: Sync) ->
         Sampling(),
         Decode(recipe.decode.eval.steps, recipe.decode.eval.guidance, shared_noise=False),
         run_seed=0,
-        micro_batch=sampler.micro_batch,
+        micro_batch=recipe.train.micro_batch,
     )
 
     def held_out(step: int) -> Mapping[str, Any]:

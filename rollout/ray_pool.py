@@ -20,6 +20,7 @@ from torch import Tensor
 from common.errors import RunError
 from policy.sampling import Sampling
 from rollout.engine import Engine, RolloutBatch, WeightMismatch, check_request
+from rollout.micro_batch import Events
 from rollout.weights import as_mapping
 
 MAX_REPLACEMENTS = 3
@@ -49,10 +50,15 @@ class RayPool:
         build: makes one worker's engine; it is called in the worker and must be picklable.
         placement: how many workers, and where.
         dtype: type in which the engines hold their weights.
+        events: where each loss of a worker is noted.
     """
 
     def __init__(
-        self, build: Callable[[], Engine], placement: Placement, dtype: torch.dtype
+        self,
+        build: Callable[[], Engine],
+        placement: Placement,
+        dtype: torch.dtype,
+        events: Events | None = None,
     ) -> None:
         import ray
 
@@ -60,8 +66,9 @@ class RayPool:
         self._placement = placement
         self._dtype = dtype
         self._pushed: tuple[Any, int] | None = None  # object reference and step of the last push
-        self._fingerprint: str | None = None  # that all workers had after the last push
+        self._fingerprint: str | None = None  # that all workers were seen to have after that
         self._owns_cluster = not ray.is_initialized()
+        self._events = [] if events is None else events
         self.replaced = 0
         """Workers that were lost and replaced since the start."""
         self.workers: list[Any] = []
@@ -110,7 +117,6 @@ class RayPool:
         packed = {name: _pack(tensor) for name, tensor in as_mapping(named_tensors).items()}
         self._pushed, self._fingerprint = (ray.put(packed), step), None
         self._on_all("load_weights", *self._pushed)
-        self._fingerprint = self.fingerprint()
 
     def fingerprint(self) -> str:
         """See `Engine`. Raises `WeightMismatch` if the workers differ."""
@@ -121,6 +127,7 @@ class RayPool:
                 f"workers 0 and {odd[0]} hold different weights (fingerprints {found[0][:12]} and "
                 f"{found[odd[0]][:12]}); stop: their samples would not come from one policy"
             )
+        self._fingerprint = found[0]
         return found[0]
 
     def close(self) -> None:
@@ -175,6 +182,14 @@ class RayPool:
                             "    Fix: if memory ran out, sample fewer images at a time or give "
                             "workers more room; then `atelier resume` goes on."
                         ) from error
+                    self._events.append(
+                        {
+                            "event": "worker_replaced",
+                            "worker": index,
+                            "during": method,
+                            "reason": str(error).splitlines()[0],
+                        }
+                    )
                     running[self._again(index, method, pieces[index])] = index
         return [results[i] for i in range(len(pieces))]
 

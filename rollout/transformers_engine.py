@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from policy.sampling import ImageTokenSampler, Sampling
 from rollout.engine import RolloutBatch, WeightMismatch, check_request, fingerprint_tensors
+from rollout.micro_batch import Events, MicroBatch
 from rollout.weights import as_mapping, check_names, has_adapters, merged_tensors
 
 if TYPE_CHECKING:
@@ -25,7 +27,8 @@ class TransformersEngine:
         num_image_tokens: number of image tokens, which follow each other in the vocabulary.
         completion_length: N, tokens of a picture.
         pad_id: any vocabulary id; it fills short prompts on the left and is never attended to.
-        micro_batch: most sequences sampled at the same time.
+        micro_batch: most sequences sampled at the same time; halved when memory runs out.
+        events: where each halving is noted.
     """
 
     def __init__(
@@ -36,12 +39,17 @@ class TransformersEngine:
         completion_length: int,
         pad_id: int,
         micro_batch: int = 256,
+        events: Events | None = None,
     ) -> None:
         self.model = model
         self.step: int | None = None
-        self._sampler = ImageTokenSampler(
-            model, image_start_id, num_image_tokens, completion_length, pad_id, micro_batch
+        self._sampler_of = partial(
+            ImageTokenSampler, model, image_start_id, num_image_tokens, completion_length, pad_id
         )
+        self._sampler_of(micro_batch)  # a model that cannot be sampled from is refused here
+        advice = "lower rollout.prompts_per_step, or sample it in more waves (rollout.waves)"
+        events = [] if events is None else events
+        self._micro_batch = MicroBatch("rollout", micro_batch, advice, events)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -53,7 +61,11 @@ class TransformersEngine:
     ) -> RolloutBatch:
         """See `Engine`."""
         check_request(prompt_ids, n, seeds)
-        tokens, logprobs = self._sampler.sample(prompt_ids, n, sampling, seeds)
+
+        def sample(size: int) -> tuple[Tensor, Tensor]:
+            return self._sampler_of(size).sample(prompt_ids, n, sampling, seeds)
+
+        tokens, logprobs = self._micro_batch.attempt(len(seeds), sample)
         return RolloutBatch(
             prompt_ids=[ids for ids in prompt_ids for _ in range(n)],
             completion_ids=tokens.cpu(),
@@ -66,8 +78,7 @@ class TransformersEngine:
         expected = {name: tensor.shape for name, tensor in own.items()}
         tensors = check_names(as_mapping(named_tensors), expected, "transformers")
         if has_adapters(self.model):
-            pushed = ((name, tensor.to(self.dtype)) for name, tensor in tensors.items())
-            if fingerprint_tensors(pushed) != self.fingerprint():
+            if not all(_equal(own[name], tensor) for name, tensor in tensors.items()):
                 raise WeightMismatch(
                     "the engine samples from a module with LoRA inside and was pushed other "
                     "weights; give it a plain copy of the model, or the trainer's own module"
@@ -84,3 +95,7 @@ class TransformersEngine:
 
     def close(self) -> None:
         """Nothing to free: the model belongs to the caller."""
+
+
+def _equal(own: Tensor, pushed: Tensor) -> bool:
+    return torch.allclose(own, pushed.to(own), rtol=0, atol=0, equal_nan=True)

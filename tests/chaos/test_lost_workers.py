@@ -26,8 +26,9 @@ def recipe(policy_folder, tmp_path_factory) -> Path:
 def run(recipe: Path, out: Path, *overrides: str) -> tuple[list[dict], dict[str, torch.Tensor]]:
     assert main(["train", str(recipe), *overrides, "--out", str(out)]) == 0
     rows = [
-        {key: value for key, value in row.items() if key != "seconds"}
+        {key: value for key, value in row.items() if key not in ("seconds", "stages")}
         for row in read_journal(out / "metrics.jsonl")
+        if row.get("event") != "worker_replaced"
     ]
     return rows, Policy.from_pretrained(out / "policy").ar.state_dict()
 
@@ -74,6 +75,10 @@ def test_kills_at_random_change_no_number(recipe, undisturbed, tmp_path):
     killer.over.set()
     killer.join()
     assert killer.killed == 2
+    losses = [row for row in read_journal(tmp_path / "killed" / "metrics.jsonl") if "event" in row]
+    assert [loss["event"] for loss in losses] == ["worker_replaced"] * 2
+    assert all(loss["worker"] in (0, 1) and loss["reason"] for loss in losses)
+    assert [loss["step"] for loss in losses] == sorted({loss["step"] for loss in losses})
     assert rows == expected_rows
     for name, tensor in expected.items():
         assert torch.equal(weights[name], tensor), name

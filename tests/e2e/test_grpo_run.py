@@ -171,6 +171,73 @@ def test_per_sample_noise_changes_the_pictures_and_nothing_else(train, tmp_path)
     assert own["reward_std"] > 0
 
 
+def test_a_run_in_waves_learns_the_same_and_tells_when_each_stage_was_at_work(train, tmp_path):
+    runs = []
+    for waves in (1, 3):
+        exit_code, out, stdout, stderr = train("train.steps=2", f"rollout.waves={waves}")
+        assert exit_code == 0, stderr
+        assert_clean(stdout, stderr)
+        runs.append(steps(out))
+        out.rename(tmp_path / f"waves-{waves}")
+    for whole, waves in zip(*runs, strict=True):
+        assert waves["reward"] == pytest.approx(whole["reward"], rel=1e-3)
+        assert waves["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-2)
+        stages = [(stage, wave) for stage, wave, _, _ in waves["stages"]]
+        expected = [(s, w) for s in ("rollout", "score", "render", "reward") for w in range(3)]
+        assert sorted(stages) == sorted([("sync", 0), ("update", 0), *expected])
+        busy = {stage: 0.0 for stage in waves["seconds"]}
+        for stage, _, start, end in waves["stages"]:
+            assert 0 <= start <= end
+            busy[stage] += end - start
+        assert busy == pytest.approx(waves["seconds"], abs=1e-3)
+        first, last = waves["stages"][0], waves["stages"][-1]
+        assert (first[0], last[0]) == ("sync", "update")
+
+
+def test_a_reward_that_compares_a_whole_step_is_not_given_waves(train):
+    result = train("rollout.waves=2", code=NOW_AND_THEN)
+    refused(result, 1, "rollout.waves is 2", "`now_and_then` compares", "rollout.waves to 1")
+
+
+def without_times(out: Path) -> list[dict]:
+    rows = read_journal(out / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if k not in ("seconds", "stages")} for row in rows]
+
+
+def test_a_replay_repeats_the_updates_to_the_last_bit_and_samples_nothing(train, tmp_path):
+    saved, made = tmp_path / "saved", tmp_path / "made"
+    options = ("train.steps=3", "algorithm.beta=0.05")
+    exit_code, out, _, stderr = train(*options, "--save-rollouts", str(saved))
+    assert exit_code == 0, stderr
+    out.rename(made)
+    assert sorted(f.name for f in saved.iterdir()) == [f"step-00000{i}-0" for i in range(3)]
+    assert len(list((saved / "step-000000-0" / "images").glob("*.png"))) == 16
+    # The engine of this recipe is not even started: vLLM is, and takes seconds.
+    exit_code, out, stdout, stderr = train(*options, "rollout.engine=vllm", "--replay", str(saved))
+    assert exit_code == 0, stderr
+    assert_clean(stdout, stderr)
+    assert without_times(out) == without_times(made)
+    found, expected = weights(out / "policy"), weights(made / "policy")
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert {"rollout", "score", "render", "reward"}.isdisjoint(steps(out)[0]["seconds"])
+
+
+def test_rollouts_that_do_not_fit_are_refused(train, tmp_path):
+    saved = tmp_path / "saved"
+    refused(train("--replay", str(saved)), 1, "rollouts of 0 steps", "folder of --save-rollouts")
+    exit_code, out, _, stderr = train("train.steps=1", "--save-rollouts", str(saved))
+    assert exit_code == 0, stderr
+    out.rename(tmp_path / "made")
+    refused(train("--save-rollouts", str(saved)), 1, "holds saved rollouts already")
+    refused(train("--replay", str(saved)), 1, "recipe has 6", "set train.steps=1")
+    refused(
+        train("--replay", str(saved), "--save-rollouts", str(tmp_path / "x")), 2, "one of the two"
+    )
+    exit_code, _, _, stderr = train("train.steps=1", "seed=5", "--replay", str(saved))
+    assert exit_code == 1
+    assert "samples of other prompts" in stderr
+
+
 def test_a_run_on_signs_is_read_by_ocr(train, policy_folder):
     exit_code, out, stdout, stderr = train(
         f"policy.path={policy_folder}",

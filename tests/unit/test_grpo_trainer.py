@@ -16,8 +16,9 @@ from policy import Policy
 from recipes import load_recipe
 from rewards.runner import Scored
 from rl.grpo import ImageGRPOTrainer
-from rl.rollouts import Decode, Sampler
+from rl.rollouts import Sampler
 from rl.run import trainer_config
+from rollout.decode import Decode
 from rollout.engine import Sampling
 
 PROMPTS = ["a photo of a red circle", "x", 'a sign that says "CAB"']
@@ -378,11 +379,18 @@ def test_weights_do_not_depend_on_the_micro_batch(policy, policy_folder, tmp_pat
 def test_what_is_rewarded_is_drawn_more_often(policy, tmp_path, lora, learning_rate):
     changes = {"train.steps": 20, "train.learning_rate": learning_rate, "train.grad_clip": 1.0}
     trainer = build(policy, tmp_path, lora=lora, **changes)
-    first, shares = policy.config.image_start_id, []
+    first, shares, drawn = policy.config.image_start_id, [], []
+    generate = trainer.sampler.engine.generate
+
+    def watched(*asked):
+        drawn.append(generate(*asked))
+        return drawn[-1]
+
+    trainer.sampler.engine.generate = watched
 
     class EvenCodes(Given):
         def score(self, images, prompts, columns, step):
-            even = (trainer.last_rollout.completion_ids - first) % 2 == 0
+            even = (drawn[-1].completion_ids - first) % 2 == 0
             self.totals = even.float().mean(1).tolist()
             shares.append(float(np.mean(self.totals)))
             return super().score(images, prompts, columns, step)

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from common.seeds import counter_seed
-from rl.rollouts import Decode, Sampler
+from rl.rollouts import Sampler
+from rollout.decode import Decode
 from rollout.engine import Sampling
 from rollout.transformers_engine import TransformersEngine
 
@@ -24,13 +25,17 @@ def engine_of(policy) -> TransformersEngine:
     )
 
 
-def sampler_of(policy, shared=True, sampling=None, engine=None, run_seed=0) -> Sampler:
+def sampler_of(
+    policy, shared=True, sampling=None, engine=None, run_seed=0, micro_batch=None, waves=1
+) -> Sampler:
     return Sampler(
         policy,
         engine or engine_of(policy),
         sampling or Sampling(),
         Decode(steps=2, guidance=1.0, shared_noise=shared),
         run_seed,
+        micro_batch,
+        waves,
     )
 
 
@@ -151,9 +156,7 @@ def test_pictures_are_the_rendered_hidden_states_of_their_own_tokens(policy, mon
 def test_pictures_do_not_depend_on_the_micro_batch(policy, monkeypatch):
     whole = sampler_of(policy)(PROMPTS, GROUP, 3)
     seen = noises(policy, monkeypatch)
-    sampler = sampler_of(policy)
-    sampler.micro_batch = 4
-    pieces = sampler(PROMPTS, GROUP, 3)
+    pieces = sampler_of(policy, micro_batch=4)(PROMPTS, GROUP, 3)
     assert [len(noise) for noise in seen] == [4, 4, 1]
     assert torch.equal(pieces.completion_ids, whole.completion_ids)
     torch.testing.assert_close(pieces.logprobs, whole.logprobs, atol=1e-5, rtol=0)

@@ -19,8 +19,9 @@ from policy.quiet import quiet_libraries
 from recipes import load_recipe
 from recipes.locate import located
 from rl.callbacks import InterruptCallback
-from rl.rollouts import Decode, Sampler
+from rl.rollouts import Sampler
 from rl.run import _held_out, _sync, resume, trainer_config
+from rollout.decode import Decode
 from rollout.engine import Sampling, WeightMismatch
 
 
