@@ -41,6 +41,7 @@ def consistency(
     images: Sequence[Image.Image],
     source: Sequence[Image.Image | str],
     metadata: Sequence[Mapping[str, Any]],
+    *,
     detector: str | Detector = "scenes",
     detector_args: Mapping[str, Any] | None = None,
     min_score: float = 0.3,

@@ -4,7 +4,6 @@ import inspect
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,6 +11,7 @@ from PIL import Image
 
 from common.errors import RewardError
 from common.registry import Registry, nearest
+from rewards.loading import loaded_once
 
 DETECTORS = Registry("detector", group="atelier.detectors", error=RewardError)
 DETECTORS.add("scenes", "rewards.scene_detector:SceneDetector")
@@ -53,7 +53,7 @@ def load_detector(name: str, args: Mapping[str, Any] | None = None) -> Detector:
     return _made(name, json.dumps(dict(args or {}), sort_keys=True))
 
 
-@cache
+@loaded_once
 def _made(name: str, args_json: str) -> Detector:
     make = DETECTORS.get(name)
     args = json.loads(args_json)

@@ -37,6 +37,7 @@ __all__ = [
 def geneval(
     images: Sequence[Image.Image],
     metadata: Sequence[Mapping[str, Any]],
+    *,
     detector: str | Detector = "scenes",
     detector_args: Mapping[str, Any] | None = None,
     strict_weight: float = 0.5,

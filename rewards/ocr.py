@@ -45,6 +45,7 @@ def check_prompt(record: Mapping[str, Any]) -> None:
 def ocr(
     images: Sequence[Image.Image],
     prompts: Sequence[str],
+    *,
     box: Box | None = None,
     contains: bool = True,
     ignore_case: bool = True,

@@ -43,6 +43,7 @@ class _Server:
 async def remote(
     images: Sequence[Image.Image],
     prompts: Sequence[str],
+    *,
     servers: Sequence[str],
     token_file: str | None = None,
     server_timeout_s: float = 30.0,

@@ -28,6 +28,7 @@ object: {{"score": a number from 0 to {max_score}, "reason": one sentence}}.\
 async def vlm_judge(
     images: Sequence[Image.Image],
     prompts: Sequence[str],
+    *,
     base_url: str,
     model: str,
     question: str = QUESTION,

@@ -184,7 +184,9 @@ def test_a_small_picture_is_enlarged_and_its_boxes_are_in_its_own_pixels():
 
 
 def test_rgba_and_grey_pictures_are_read():
-    scores = ocr([sign("HAT", 64).convert(mode) for mode in ("RGBA", "L")], ['"HAT"'] * 2, MIDDLE)
+    scores = ocr(
+        [sign("HAT", 64).convert(mode) for mode in ("RGBA", "L")], ['"HAT"'] * 2, box=MIDDLE
+    )
     assert [s.value for s in scores] == [1.0, 1.0]
 
 
