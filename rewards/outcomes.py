@@ -18,6 +18,45 @@ class BrokenContract(str):
     """
 
 
+class Lost(str):
+    """The reason for a call that did not come back: it hung, or its process ended or never began.
+
+    Such a call costs a time limit or the start of a process, so few of them are made.
+    """
+
+
+class NotCalled(str):
+    """The reason for pictures that the reward was not asked about."""
+
+
+class Patience:
+    """How many calls of a round may be lost, in a row or in all, before no more are made.
+
+    A reward that hangs so costs a few time limits, and a few pictures on which one hangs only
+    their own scores.
+    """
+
+    def __init__(self, in_a_row: int = 3, in_all: int = 10) -> None:
+        self._in_a_row, self._in_all = in_a_row, in_all
+        self._row = self._all = 0
+
+    @property
+    def over(self) -> bool:
+        """Whether no further call should be made."""
+        return self._row >= self._in_a_row or self._all >= self._in_all
+
+    def note(self, outcome: Any) -> None:
+        """Count the outcome of a call."""
+        lost = isinstance(outcome, Lost)
+        self._row = self._row + 1 if lost else 0
+        self._all += lost
+
+    @property
+    def reason(self) -> NotCalled:
+        """Why there is no further call."""
+        return NotCalled(f"{self._all} calls did not come back, so it was not called again")
+
+
 Outcome = list[Score] | str
 """The scores of a call, one for each picture, or why the call failed as a whole."""
 
@@ -44,9 +83,9 @@ def told(error: BaseException) -> str:
     return f"{text} ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else text
 
 
-def too_late(timeout_s: float) -> str:
+def too_late(timeout_s: float) -> Lost:
     """Return the reason for a call that ran out of time."""
-    return f"it did not return within {timeout_s:g} s"
+    return Lost(f"it did not return within {timeout_s:g} s")
 
 
 def _one_score(item: Any) -> Score:

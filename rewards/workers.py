@@ -18,7 +18,7 @@ from common.errors import RewardError
 from common.heavy import prepare_torchvision
 from rewards.contract import RewardFunction
 from rewards.hosting import Call
-from rewards.outcomes import Outcome, outcome_of, told, too_late
+from rewards.outcomes import Lost, Outcome, Patience, outcome_of, told, too_late
 from rewards.plugins import load_reward
 
 _START_SECONDS = 120.0
@@ -58,7 +58,8 @@ class WorkerHost:
 
     def run(self, calls: Sequence[Call]) -> list[Outcome]:
         """Return what each call came to, in order."""
-        return list(self._drivers.map(self._run_one, calls))
+        patience = Patience()
+        return list(self._drivers.map(lambda call: self._run_one(call, patience), calls))
 
     def close(self) -> None:
         """End the processes."""
@@ -66,10 +67,14 @@ class WorkerHost:
         for worker in self._workers:
             worker.stop()
 
-    def _run_one(self, call: Call) -> Outcome:
+    def _run_one(self, call: Call, patience: Patience) -> Outcome:
+        if patience.over:
+            return patience.reason
         worker = self._idle.get()
         try:
-            return worker.run(call)
+            outcome = worker.run(call)
+            patience.note(outcome)
+            return outcome
         finally:
             self._idle.put(worker)
 
@@ -96,7 +101,7 @@ class _Worker:
                 return too_late(self._timeout_s)
             return self._pipe.recv()
         except (EOFError, ConnectionError):
-            return f"its process ended with code {self.stop()}"
+            return Lost(f"its process ended with code {self.stop()}")
         except Exception as error:  # a column that cannot be sent; what was sent in part is lost
             self.stop()
             return told(error)
@@ -123,11 +128,11 @@ class _Worker:
         far_end.close()  # so that its end is seen here
         if not self._pipe.poll(_START_SECONDS):
             self.stop()
-            return f"its process did not start within {_START_SECONDS:g} s"
+            return Lost(f"its process did not start within {_START_SECONDS:g} s")
         problem: str = self._pipe.recv()
         if problem:
             self.stop()
-        return problem
+        return Lost(problem)
 
 
 def _work(pipe: Connection, task: _Task) -> None:

@@ -311,6 +311,23 @@ def test_a_reward_that_always_hangs_is_given_up_and_taken_back_when_its_calls_re
         assert parts(runner.score(PICTURES, PROMPTS), "t_stuck") == [0.5] * 6
 
 
+def test_async_calls_on_a_blocked_thread_share_one_time_limit(release):
+    """Each once waited for its own: with 256 pictures and a limit of 60 s that was hours."""
+
+    @reward(name="t_blocked")
+    async def blocked(images):
+        await asyncio.sleep(0.05)  # all calls have begun
+        release.wait(30)
+        return [0.5] * len(images)
+
+    start = time.perf_counter()
+    images = [grey(0)] * 40
+    scored = run(RewardSpec("t_blocked", timeout_s=0.3), images=images, prompts=[""] * 40)
+    # Two limits for the batches, as much for each of three threads that single pictures block.
+    assert time.perf_counter() - start < 8 * 0.3 + 1.5
+    assert parts(scored, "t_blocked") == [None] * 40
+
+
 def test_async_rewards_run_together_and_a_hanging_one_is_cancelled():
     cancelled = []
 
