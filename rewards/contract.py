@@ -40,11 +40,13 @@ class Traits:
     """What the `reward` decorator says about a function.
 
     `whole_batch`: scores depend on the other pictures of the call, so the batch is never split.
+    `paths`: columns whose text it opens as files; a server refuses text there.
     """
 
     name: str
     check: RecordCheck | None = None
     whole_batch: bool = False
+    paths: tuple[str, ...] = ()
 
 
 class RewardFunction:
@@ -65,6 +67,7 @@ class RewardFunction:
         self.function = function
         self.name = traits.name
         self.whole_batch = traits.whole_batch
+        self.paths = traits.paths
         self.args = dict(args)
         self._check = traits.check
         parameters = inspect.signature(function).parameters

@@ -35,7 +35,7 @@ class Detector(Protocol):
     """Finds objects and names their colours."""
 
     name: str
-    leaderboard_comparable: str | None
+    not_comparable: str | None
     """Why scores from this detector may not be put beside published ones; None if they may."""
 
     def detect(self, images: Sequence[Image.Image]) -> list[list[Detection]]:

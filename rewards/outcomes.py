@@ -1,8 +1,10 @@
 """What a call of a reward came to: valid scores, or the reason why there are none."""
 
+import json
 import math
 import sys
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -92,14 +94,34 @@ def _one_score(item: Any) -> Score:
     """Return a valid Score, its value None for whatever is not a finite number."""
     score = item if isinstance(item, Score) else Score(item)
     value: Any = score.value
+    reason = str(score.reason or "")
+    try:
+        details = _as_json(score.details)
+    except (TypeError, ValueError, RecursionError) as error:
+        return Score(None, f"the reward's details are no JSON object: {error}")
     if value is None:
-        return Score(None, score.reason or "the reward returned None", score.details)
+        return Score(None, reason or "the reward returned None", details)
     if getattr(value, "ndim", None) == 0:  # a NumPy or torch scalar
         value = value.item()
     if not isinstance(value, int | float):
         return Score(None, f"the reward returned {type(value).__name__}, not a number")
     if abs(value) == math.inf or value != value:
-        return Score(None, f"the reward returned {value}", score.details)
+        return Score(None, f"the reward returned {value}", details)
     if abs(value) > sys.float_info.max:
-        return Score(None, "the reward returned an integer too large for a score", score.details)
-    return Score(float(value), score.reason, score.details)
+        return Score(None, "the reward returned an integer too large for a score", details)
+    return Score(float(value), reason, details)
+
+
+def _as_json(details: Any) -> dict[str, Any]:
+    """Return details as they are when read back from JSON, so that they can go anywhere."""
+    if not isinstance(details, Mapping):
+        raise TypeError(f"they are a {type(details).__name__}")
+    if not details:
+        return {}
+    plain: dict[str, Any] = json.loads(json.dumps(dict(details), default=_plain))
+    return plain
+
+
+def _plain(value: Any) -> Any:
+    """Return numbers for arrays and text for other objects."""
+    return value.tolist() if hasattr(value, "tolist") else str(value)

@@ -145,6 +145,11 @@ class RewardRunner:
         """Seconds that each reward took in the last `score`."""
         return {part.name: part.seconds for part in self._parts}
 
+    @property
+    def path_columns(self) -> set[str]:
+        """Columns whose text some reward opens as files."""
+        return {name for part in self._parts for name in part.function.paths}
+
     def weights(self, step: int = 0) -> dict[str, float]:
         """Return each reward's weight at a training step."""
         return self._composition.weights(step)

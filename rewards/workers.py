@@ -5,6 +5,7 @@ import importlib
 import inspect
 import multiprocessing
 import os
+import pickle
 import queue
 import signal
 from collections.abc import Mapping, Sequence
@@ -39,7 +40,8 @@ class WorkerHost:
     """Runs the calls of one reward in `count` processes, one call at a time in each.
 
     They start at the first call and again after a kill. `use` is as for `load_reward`, with the
-    path of a file in full. Raises RewardError for a function that another process cannot import.
+    path of a file in full. Raises RewardError for a function that another process cannot import or
+    arguments that cannot be sent to it.
     """
 
     def __init__(self, function: RewardFunction, use: str, timeout_s: float, count: int) -> None:
@@ -50,6 +52,13 @@ class WorkerHost:
                 "process cannot import. Fix: put it in a file and use `file.py:function`."
             )
         task = _Task(use, module, function.args)
+        try:
+            pickle.dumps(task)
+        except Exception as error:  # pickle has no class of its own for all that it cannot do
+            raise RewardError(
+                f"reward `{function.name}`: its arguments cannot be sent to a worker process "
+                f"({error}). Fix: give numbers, texts, lists and mappings, or leave `workers` out."
+            ) from error
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         self._workers = [_Worker(task, timeout_s) for _ in range(count)]
         for worker in self._workers:
@@ -122,9 +131,10 @@ class _Worker:
     def _start(self) -> str:
         """Start the process; return "" or why it cannot load the reward."""
         context = multiprocessing.get_context("spawn")
-        self._pipe, far_end = context.Pipe()
-        self._process = context.Process(target=_work, args=(far_end, self._task), daemon=True)
-        self._process.start()
+        pipe, far_end = context.Pipe()
+        process = context.Process(target=_work, args=(far_end, self._task), daemon=True)
+        process.start()
+        self._pipe, self._process = pipe, process
         far_end.close()  # so that its end is seen here
         if not self._pipe.poll(_START_SECONDS):
             self.stop()
@@ -156,11 +166,7 @@ def _work(pipe: Connection, task: _Task) -> None:
             call: Call = pipe.recv()
         except EOFError:
             return
-        answer = _answer(function, call, loop)
-        try:
-            pipe.send(answer)
-        except Exception as error:  # details that cannot be sent; nothing of them was
-            pipe.send(told(error))
+        pipe.send(_answer(function, call, loop))
 
 
 def _answer(function: RewardFunction, call: Call, loop: asyncio.AbstractEventLoop) -> Outcome:

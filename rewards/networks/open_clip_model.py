@@ -14,6 +14,8 @@ from rewards.networks.weights import does_not_fit, fill, find_file, sha256
 
 OPENAI_VIT_L_14 = "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836"
 """SHA-256 of OpenAI's ViT-L-14.pt, which stands in the address that open_clip loads it from."""
+OPENAI_ARCHITECTURE = "ViT-L-14-quickgelu"
+"""What open_clip calls its architecture."""
 _NOT_IN_THE_NETWORK = ("input_resolution", "context_length", "vocab_size")
 
 

@@ -95,6 +95,28 @@ def test_details_and_reasons_reach_the_caller():
     assert scored[3].details == {"t_told": {"seen": 3}}
 
 
+def test_details_are_what_json_can_hold():
+    given = {1: (2, 3), "array": np.arange(2), "object": grey, "deep": {None: np.float32(0.5)}}
+
+    @reward(name="t_odd_details")
+    def odd_details(images):
+        return [Score(1.0, "", given) for x in images]
+
+    details = run(RewardSpec("t_odd_details"))[0].details["t_odd_details"]
+    assert details == {"1": [2, 3], "array": [0, 1], "object": str(grey), "deep": {"null": 0.5}}
+
+
+@pytest.mark.parametrize("details", [[1, 2], [], "text", {(1, 2): 3}])
+def test_details_that_are_no_json_object_cost_only_their_own_score(details):
+    @reward(name="t_no_details")
+    def no_details(images):
+        return [Score(1.0, "", details if level(x) == 1 else {}) for x in images]
+
+    scored = run(RewardSpec("t_no_details"))
+    assert parts(scored, "t_no_details") == [1, None, 1, 1, 1, 1]
+    assert "no JSON object" in scored[1].reasons["t_no_details"]
+
+
 # --- garbage --------------------------------------------------------------------------------------
 
 
