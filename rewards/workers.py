@@ -5,7 +5,6 @@ import importlib
 import inspect
 import multiprocessing
 import os
-import pickle
 import queue
 import signal
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 from common.errors import RewardError
@@ -53,8 +53,8 @@ class WorkerHost:
             )
         task = _Task(use, module, function.args)
         try:
-            pickle.dumps(task)
-        except Exception as error:  # pickle has no class of its own for all that it cannot do
+            ForkingPickler.dumps(task)
+        except Exception as error:  # there is no class for all that cannot be sent
             raise RewardError(
                 f"reward `{function.name}`: its arguments cannot be sent to a worker process "
                 f"({error}). Fix: give numbers, texts, lists and mappings, or leave `workers` out."
