@@ -67,7 +67,8 @@ def ocr(
     the whole text be the quoted strings and nothing else, in any order (more than four: in theirs),
     so that repeating letters or lines does not pay. Smaller pictures are enlarged until their
     shorter side has `min_side` pixels; more finds smaller print and takes longer (RapidOCR's own
-    limit is 736). Lines read with less than `min_confidence` are left out. `threads` is per process.
+    limit is 736). Lines read with less than `min_confidence` are left out. `threads` is for each
+    process.
 
     Details: text, expected (list), exact (the text is the quoted strings and nothing else), lines
     (text, score, and box [left, top, right, bottom] in pixels where it was looked for), size.
