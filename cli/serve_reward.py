@@ -1,6 +1,5 @@
 """`atelier serve-reward`: a reward as an HTTP service."""
 
-import ipaddress
 from pathlib import Path
 
 import typer
@@ -32,8 +31,9 @@ def register(app: typer.Typer) -> None:
         """Serve a reward over HTTP, for the reward `remote` of other runs."""
         from cli import console, reward_arguments
         from common.errors import UsageError
+        from rewards.serving import Limits, build_app, is_loopback
 
-        if token_file is None and not _is_loopback(host):
+        if token_file is None and not is_loopback(host):
             raise UsageError(
                 f"{host} can be reached from other machines, and no token is asked for.\n"
                 "    Fix: --token-file FILE, or --host 127.0.0.1"
@@ -42,7 +42,6 @@ def register(app: typer.Typer) -> None:
 
         from rewards.remote import read_token
         from rewards.runner import RewardRunner, RewardSpec
-        from rewards.serving import Limits, build_app
 
         token = None if token_file is None else read_token(token_file)
         args = reward_arguments.parse(arg or []).get("", {})
@@ -54,12 +53,3 @@ def register(app: typer.Typer) -> None:
             facts = [("token", "asked for" if token else "none: this machine alone")]
             console.pairs([*facts, ("end", "Ctrl-C")])
             uvicorn.run(service, host=host, port=port, log_level="warning", server_header=False)
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

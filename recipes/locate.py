@@ -1,7 +1,9 @@
 """Where the files that a recipe names are."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from recipes.schema_grpo import GrpoRecipe
 
@@ -10,12 +12,30 @@ def located(recipe: GrpoRecipe, files: Sequence[Path]) -> GrpoRecipe:
     """Return the recipe with absolute paths, so that the run can be resumed from any folder.
 
     `files` are those of the loaded recipe. Reward and prompt files are looked for beside the
-    recipe, beside those it extends, then here.
+    recipe, beside those it extends, then here. So are texts among the rewards' arguments: one that
+    names a file becomes its path; one that begins with ./, ../ or ~/ is a path in any case, beside
+    the recipe if nothing is there yet.
     """
 
     def found(text: str) -> str:
         places = [file.parent / text for file in files]
         return str(next((path for path in places if path.is_file()), Path(text)).resolve())
+
+    def argument(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: argument(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [argument(item) for item in value]
+        if not isinstance(value, str):
+            return value
+        places = [str(folder / value) for folder in (*(f.parent for f in files), Path.cwd())]
+        if value.startswith("~/"):
+            return str(Path(value).expanduser())
+        if value.startswith(("./", "../")):
+            there = next(filter(os.path.exists, places), places[0])
+        else:
+            there = next(filter(os.path.isfile, places), "")
+        return str(Path(there).resolve()) if there else value
 
     def reward_file(use: str) -> str:
         path, _, function = use.rpartition(":")
@@ -27,7 +47,8 @@ def located(recipe: GrpoRecipe, files: Sequence[Path]) -> GrpoRecipe:
     path, source = recipe.policy.path, recipe.prompts.source
     saved = {"save_to": recipe.rollout.save_to, "replay": recipe.rollout.replay}
     functions = tuple(
-        f.model_copy(update={"use": reward_file(f.use)}) for f in recipe.rewards.functions
+        f.model_copy(update={"use": reward_file(f.use), "args": argument(f.args)})
+        for f in recipe.rewards.functions
     )
     sections = {
         "policy": {"path": path if path == "base" else absolute(path)},

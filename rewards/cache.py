@@ -27,16 +27,9 @@ class ScoreCache:
 
     def __init__(self, file: Path | None = None) -> None:
         self._lock = threading.Lock()
-        if file is not None:
-            file.parent.mkdir(parents=True, exist_ok=True)
-        self._data = sqlite3.connect(file or ":memory:", check_same_thread=False)
         try:
-            self._data.execute(
-                "CREATE TABLE IF NOT EXISTS scores (key TEXT UNIQUE, value REAL, reason TEXT, "
-                "details TEXT)"
-            )
-        except sqlite3.DatabaseError as error:
-            self._data.close()
+            self._data = _opened(file)
+        except (OSError, sqlite3.DatabaseError) as error:
             raise RewardError(
                 f"{file} is not a score cache ({error}). Fix: name another file."
             ) from error
@@ -58,7 +51,7 @@ class ScoreCache:
         rows = [
             (key, score.value, score.reason, json.dumps(score.details))
             for key, score in scores.items()
-            if score.value is not None and _is_json(score.details)
+            if score.value is not None
         ]
         with self._lock, self._data:
             self._data.executemany("INSERT OR REPLACE INTO scores VALUES (?, ?, ?, ?)", rows)
@@ -69,6 +62,21 @@ class ScoreCache:
     def close(self) -> None:
         """Close the file."""
         self._data.close()
+
+
+def _opened(file: Path | None) -> sqlite3.Connection:
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    data = sqlite3.connect(file or ":memory:", check_same_thread=False)
+    try:
+        data.execute(
+            "CREATE TABLE IF NOT EXISTS scores (key TEXT UNIQUE, value REAL, reason TEXT, "
+            "details TEXT)"
+        )
+    except sqlite3.DatabaseError:
+        data.close()
+        raise
+    return data
 
 
 def reward_identity(function: RewardFunction) -> str:
@@ -107,11 +115,3 @@ def _hash(*parts: str | bytes) -> str:
         data = part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part
         total.update(len(data).to_bytes(8, "little") + data)  # so that no two splits are alike
     return total.hexdigest()
-
-
-def _is_json(details: Mapping[str, Any]) -> bool:
-    """Whether the details would be the same when read again; a reward may put anything there."""
-    try:
-        return bool(json.loads(json.dumps(details)) == details)
-    except (TypeError, ValueError):
-        return False

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from common.errors import RewardError
+from common.errors import AtelierError, RewardError
+from common.images import open_image, refusal
 from common.registry import nearest
 from rewards.contract import Score
 from rewards.detector import Detection, Detector, load_detector
@@ -18,6 +19,8 @@ from rewards.plugins import reward
 MEASURES = ("pixels", "ssim", "lpips", "clip", "dino")
 _MARGIN = 1 / 24
 """By how much of the picture the box of a changed object is widened on every side."""
+_ROOM = 0.5
+"""Share of the picture that changed objects may take up where no region was given."""
 
 
 def check_record(
@@ -36,11 +39,12 @@ def check_record(
         )
 
 
-@reward(name="consistency", check=check_record)
+@reward(name="consistency", check=check_record, paths=("source",))
 def consistency(
     images: Sequence[Image.Image],
     source: Sequence[Image.Image | str],
     metadata: Sequence[Mapping[str, Any]],
+    *,
     detector: str | Detector = "scenes",
     detector_args: Mapping[str, Any] | None = None,
     min_score: float = 0.3,
@@ -53,10 +57,13 @@ def consistency(
     (`rewards.edit_rules`), so a copy of the source scores 0. `kept` is how well the rest was left
     alone: the lowest of the `measures`, taken outside the edited region, so a destroyed
     background scores near 0. The region is `metadata["region"]` in fractions of the picture,
-    or else the boxes of the changes that were asked for and made.
+    or else the boxes of the changes that were asked for and made. Where these cover more than half
+    of the picture, `kept` falls to 0 with what they leave: an object painted over everything keeps
+    nothing. A region that is given may be the whole picture.
 
     `source` holds the pictures before the edit, or their paths; an edited picture of another size
-    is scaled to its source's. Detections of at least `min_score` count.
+    is scaled to its source's. Detections of at least `min_score` count. A source that cannot be
+    opened or a record that describes no edit scores None.
 
     Measures, 1 for equal pictures: `pixels` (share of pixels that changed by no more than 20 of
     255), `ssim`, `lpips` (1 - distance), `clip` and `dino` (cosine of the features). The last three
@@ -69,24 +76,25 @@ def consistency(
     """
     judge = load_detector(detector, detector_args) if isinstance(detector, str) else detector
     compare = _comparisons(measures, networks or {})
-    pairs = [_pair(*both) for both in zip(images, source, strict=True)]
-    found = judge.detect([picture for pair in pairs for picture in pair])
-    scores = []
-    for index, (pair, asked) in enumerate(zip(pairs, metadata, strict=True)):
+    pairs: dict[int, tuple[Image.Image, Image.Image]] = {}
+    scores: dict[int, Score] = {}
+    for index, (image, before, asked) in enumerate(zip(images, source, metadata, strict=True)):
         try:
             check_edit({"prompt": "of this picture", "metadata": asked}, None, None)
-        except RewardError as error:
-            scores.append(Score(None, str(error)))
-            continue
+            pairs[index] = _pair(image, before)
+        except AtelierError as error:
+            scores[index] = Score(None, str(error))
+    found = iter(judge.detect([picture for pair in pairs.values() for picture in pair]))
+    for index, pair in pairs.items():
+        asked = metadata[index]
         objects = [
-            _with_colors(judge, picture, [item for item in seen if item.score >= min_score], asked)
-            for picture, seen in zip(pair, found[2 * index : 2 * index + 2], strict=True)
+            _with_colors(judge, picture, [x for x in next(found) if x.score >= min_score], asked)
+            for picture in pair
         ]
-        score = _score(pair, objects, asked, compare)
-        score.details["detector"] = judge.name
-        score.details["not_comparable"] = judge.leaderboard_comparable
-        scores.append(score)
-    return scores
+        scores[index] = _score(pair, objects, asked, compare)
+        scores[index].details["detector"] = judge.name
+        scores[index].details["not_comparable"] = judge.not_comparable
+    return [scores[index] for index in range(len(images))]
 
 
 def _score(
@@ -105,9 +113,22 @@ def _score(
     outside = {name: measure(before, restored, ~edited) for name, measure in compare.items()}
     everywhere = np.ones_like(edited)
     worst = min(outside, key=outside.__getitem__)
+    reasons = [result.reason]
+    room = 1.0
+    if "region" not in asked:
+        taken = float(_mask(result.boxes, before.size).mean())
+        room = min(1.0, (1 - taken) / (1 - _ROOM))
+        if room < 1:
+            reasons.append(f"the changed objects take up {taken:.0%} of the picture")
+    kept = outside[worst] * room
+    reasons.append(
+        "the region is the whole picture: nothing had to be kept"
+        if edited.all() and "region" in asked
+        else f"kept {kept:.2f} by {worst}"
+    )
     details = {
         "success": result.success,
-        "kept": outside[worst],
+        "kept": kept,
         "outside": outside,
         "whole": {name: measure(before, after, everywhere) for name, measure in compare.items()},
         "region": [list(box) for box in boxes],
@@ -122,9 +143,7 @@ def _score(
         ],
         "size": list(before.size),
     }
-    kept = f"kept {outside[worst]:.2f} by {worst}"
-    reason = "\n".join(filter(None, [result.reason, kept]))
-    return Score(result.success * outside[worst], reason, details)
+    return Score(result.success * kept, "\n".join(filter(None, reasons)), details)
 
 
 Compare = Callable[[Image.Image, Image.Image, np.ndarray], float]
@@ -159,8 +178,12 @@ def _equal_pixels(before: Image.Image, after: Image.Image, where: np.ndarray) ->
 
 
 def _pair(image: Image.Image, source: Image.Image | str) -> tuple[Image.Image, Image.Image]:
-    before = Image.open(source) if isinstance(source, str) else source
-    before = ImageOps.exif_transpose(before).convert("RGB")
+    if isinstance(source, str):
+        before = open_image(Path(source))
+    elif problem := refusal(source):
+        raise RewardError(f"the source: {problem}")
+    else:
+        before = ImageOps.exif_transpose(source).convert("RGB")
     after = image.convert("RGB")
     return before, after if after.size == before.size else after.resize(before.size)
 

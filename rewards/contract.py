@@ -11,7 +11,8 @@ from common.errors import RewardError
 from common.registry import nearest
 
 _GIVEN = ("images", "prompts", "completions")
-_NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+_OPTION = inspect.Parameter.KEYWORD_ONLY
+_NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, _OPTION)
 
 
 @dataclass(frozen=True)
@@ -39,19 +40,25 @@ class Traits:
     """What the `reward` decorator says about a function.
 
     `whole_batch`: scores depend on the other pictures of the call, so the batch is never split.
+    `paths`: columns whose text it opens as files; a server refuses text there.
     """
 
     name: str
     check: RecordCheck | None = None
     whole_batch: bool = False
+    paths: tuple[str, ...] = ()
 
 
 class RewardFunction:
     """A reward function with its arguments bound.
 
     Calling it passes `images`, `prompts` and those columns that the function declares by name; a
-    function with `**columns` gets all of them. A function that declares `completions` (TRL's
-    contract) gets the pictures there unless the caller has a column of that name.
+    function with `**columns` gets all of them. Parameters after a `*` are options: `args` alone
+    fill them, so that no column of a data set (or of a request to a server) changes a setting. A
+    function that declares `completions` (TRL's contract) gets the pictures there unless the caller
+    has a column of that name, and columns everywhere, as from TRL.
+
+    Raises RewardError for an argument that the function lacks and for an option without a value.
     """
 
     def __init__(
@@ -60,19 +67,28 @@ class RewardFunction:
         self.function = function
         self.name = traits.name
         self.whole_batch = traits.whole_batch
+        self.paths = traits.paths
         self.args = dict(args)
         self._check = traits.check
         parameters = inspect.signature(function).parameters
         named = {name: p for name, p in parameters.items() if p.kind in _NAMED}
         self._declared = set(named)
+        after_star = {name for name, p in named.items() if p.kind == _OPTION}
+        self._options = set() if "completions" in named else after_star - set(_GIVEN)
         self._takes_all = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
         self._refuse_unknown_args()
         self._refuse_positional(parameters)
-        self.required_columns = tuple(
+        needed = [
             name
             for name, p in named.items()
             if p.default is p.empty and name not in self.args and name not in _GIVEN
-        )
+        ]
+        for name in needed:
+            if name in self._options:
+                raise RewardError(
+                    f"reward `{self.name}` needs the argument `{name}`. Fix: give it under `args`."
+                )
+        self.required_columns = tuple(needed)
         """Columns without which the function cannot be called."""
 
     def __call__(
@@ -94,12 +110,13 @@ class RewardFunction:
             wanted = set(available) - ({"completions"} - self._declared - set(columns))
         else:
             wanted = self._declared & set(available)
-        chosen = {name: available[name] for name in wanted}
+        chosen = {name: available[name] for name in wanted - self._options}
         return self.function(**(chosen | self.args))
 
     def sees(self, column: str) -> bool:
         """Return whether a column of this name reaches the function."""
-        return (self._takes_all or column in self._declared) and column not in self.args
+        taken = self._takes_all or column in self._declared
+        return taken and column not in self._options and column not in self.args
 
     def check_record(self, record: Mapping[str, Any]) -> None:
         """Raise RewardError if the reward cannot score this prompt record; the message names it."""

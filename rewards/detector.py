@@ -4,7 +4,6 @@ import inspect
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,6 +11,7 @@ from PIL import Image
 
 from common.errors import RewardError
 from common.registry import Registry, nearest
+from rewards.loading import loaded_once
 
 DETECTORS = Registry("detector", group="atelier.detectors", error=RewardError)
 DETECTORS.add("scenes", "rewards.scene_detector:SceneDetector")
@@ -35,7 +35,7 @@ class Detector(Protocol):
     """Finds objects and names their colours."""
 
     name: str
-    leaderboard_comparable: str | None
+    not_comparable: str | None
     """Why scores from this detector may not be put beside published ones; None if they may."""
 
     def detect(self, images: Sequence[Image.Image]) -> list[list[Detection]]:
@@ -53,7 +53,7 @@ def load_detector(name: str, args: Mapping[str, Any] | None = None) -> Detector:
     return _made(name, json.dumps(dict(args or {}), sort_keys=True))
 
 
-@cache
+@loaded_once
 def _made(name: str, args_json: str) -> Detector:
     make = DETECTORS.get(name)
     args = json.loads(args_json)

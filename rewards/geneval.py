@@ -37,6 +37,7 @@ __all__ = [
 def geneval(
     images: Sequence[Image.Image],
     metadata: Sequence[Mapping[str, Any]],
+    *,
     detector: str | Detector = "scenes",
     detector_args: Mapping[str, Any] | None = None,
     strict_weight: float = 0.5,
@@ -51,9 +52,10 @@ def geneval(
     beyond those asked for: without its price, spraying objects pays. `detector` is a registered
     name, made with `detector_args`, or a `Detector`.
 
-    strict_weight=0, soft_weight=1, extra_penalty=0, compat="flow_grpo" give the score that the
-    flow_grpo reward server trains on. With `compat` the `mask2former` detector is shown red and
-    blue exchanged, as that server does by mistake.
+    strict_weight=1, soft_weight=0, extra_penalty=0 give GenEval's own score; strict_weight=0,
+    soft_weight=1, extra_penalty=0, compat="flow_grpo" the one that the flow_grpo reward server
+    trains on. With `compat` the `mask2former` detector is shown red and blue exchanged, as that
+    server does by mistake.
 
     Details: strict, soft, extra, detector, not_comparable (why the score must not stand beside a
     published one, or None), objects and size. An object's colour is None unless the rules asked.
@@ -65,6 +67,11 @@ def geneval(
         )
     judge = load_detector(detector, detector_args) if isinstance(detector, str) else detector
     evaluate = evaluate_detections if compat is None else evaluate_like_flow_grpo
+    caveats = [judge.not_comparable] if judge.not_comparable else []
+    if compat is not None:
+        caveats.append("the rules are those of flow_grpo's reward server, not GenEval's")
+    elif strict_weight != 1 or soft_weight != 0 or extra_penalty * max_extra != 0:
+        caveats.append("the score is a mixture; GenEval's is the strict verdict alone")
     upright = [ImageOps.exif_transpose(image) for image in images]
     quirk = compat is not None and judge.name == "mask2former"
     detections = judge.detect([_exchanged(x) for x in upright] if quirk else upright)
@@ -85,7 +92,7 @@ def geneval(
             "soft": result.soft,
             "extra": extra,
             "detector": judge.name,
-            "not_comparable": judge.leaderboard_comparable,
+            "not_comparable": "; ".join(caveats) or None,
             "objects": _described(asked, found, names),
             "size": list(image.size),
         }

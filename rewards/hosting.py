@@ -5,6 +5,7 @@ import concurrent.futures
 import inspect
 import sys
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -13,9 +14,10 @@ import numpy as np
 from PIL import Image
 
 from rewards.contract import RewardFunction
-from rewards.outcomes import Outcome, outcome_of, told, too_late
+from rewards.outcomes import NotCalled, Outcome, Patience, outcome_of, told, too_late
 
 _MAX_LEFT_BEHIND = 3
+_BLOCKED = NotCalled(f"{_MAX_LEFT_BEHIND} earlier calls have not come back, so it is not called")
 _BLOCKED_AFTER = 2.0
 """An async call is cancelled at its time limit. If it has not ended at this many times the limit,
 it blocks the thread instead of awaiting, and is left behind."""
@@ -34,7 +36,10 @@ class Host(Protocol):
     """Runs the calls of one reward."""
 
     def run(self, calls: Sequence[Call]) -> list[Outcome]:
-        """Return what each call came to, in order; nothing that a reward does is raised."""
+        """Return what each call came to, in order; nothing that a reward does is raised.
+
+        When too many calls did not come back (`Patience`), no further ones are made (`NotCalled`).
+        """
 
     def close(self) -> None:
         """Give threads or processes back."""
@@ -57,13 +62,12 @@ class ThreadHost:
     def run(self, calls: Sequence[Call]) -> list[Outcome]:
         """Return what each call came to, in order."""
         results: list[Any] = [None] * len(calls)
+        patience = Patience()
         awaited: list[tuple[int, _Loop, concurrent.futures.Future[Any]]] = []
         for index, call in enumerate(calls):
             loop = self._ready_loop()
-            if loop is None:
-                results[index] = (
-                    f"{_MAX_LEFT_BEHIND} earlier calls have not come back, so it is not called"
-                )
+            if loop is None or patience.over:
+                results[index] = patience.reason if loop else _BLOCKED
                 continue
             value = self._finish(loop, loop.submit(_called(self._function, call)), self._timeout_s)
             if inspect.isawaitable(value):
@@ -71,8 +75,11 @@ class ThreadHost:
                 awaited.append((index, loop, loop.submit(waiting)))
             else:
                 results[index] = value
+                patience.note(value)
+        # One limit for all, since they wait together: a loop that is blocked ends none of them.
+        end = time.monotonic() + _BLOCKED_AFTER * self._timeout_s
         for index, loop, future in awaited:
-            results[index] = self._finish(loop, future, _BLOCKED_AFTER * self._timeout_s)
+            results[index] = self._finish(loop, future, max(0.0, end - time.monotonic()))
         return results
 
     def close(self) -> None:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Cost:
-    """What a judge has used up in this process: requests, tokens, US dollars, answers reused."""
+    """What a judge has used up: requests, tokens, US dollars, answers reused."""
 
     requests: int = 0
     input_tokens: int = 0
@@ -45,9 +45,9 @@ class Judge:
     `base_url` ends in /v1. `api_key_env` names the environment variable that holds the key (None:
     the server wants none). A request that fails for a passing reason (429, 5xx, no connection) is
     repeated `retries` times with growing pauses, one whose answer is no JSON object as often
-    without. At most `concurrency` requests are under way. `cache` is a folder.
-    `usd_per_million` is the price of (input, output) tokens; once `budget_usd` is spent, nothing
-    more is asked.
+    without. At most `concurrency` requests are under way, over all calls of `ask`, which belong to
+    one event loop. `cache` is a folder. `usd_per_million` is the price of (input, output) tokens;
+    once `budget_usd` is spent, nothing more is asked (the requests then under way are still paid).
     """
 
     base_url: str
@@ -63,6 +63,15 @@ class Judge:
     budget_usd: float | None = None
     cost: Cost = field(default_factory=Cost)
 
+    def __post_init__(self) -> None:
+        """Raise RewardError unless a request may be under way at all."""
+        if self.concurrency < 1:
+            raise RewardError(
+                f"judge at {self.base_url}: concurrency is {self.concurrency}. Fix: write an "
+                "integer of 1 or more."
+            )
+        self._free = asyncio.Semaphore(self.concurrency)
+
     async def ask(
         self, questions: Sequence[tuple[str, Sequence[Image.Image]]]
     ) -> list[dict[str, Any] | JudgeFailure]:
@@ -73,10 +82,8 @@ class Judge:
         """
         from openai import AsyncOpenAI
 
-        limit = asyncio.Semaphore(self.concurrency)
-
         async def one(text: str, images: Sequence[Image.Image]) -> dict[str, Any] | JudgeFailure:
-            async with limit:
+            async with self._free:
                 try:
                     return await self._answer(client, text, [_data_url(x) for x in images])
                 except JudgeFailure as failure:

@@ -1,8 +1,10 @@
 """What a call of a reward came to: valid scores, or the reason why there are none."""
 
+import json
 import math
 import sys
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,45 @@ class BrokenContract(str):
     Such a function is not asked again picture by picture: of one picture, a function that returns
     the mean of its batch looks as if it kept the contract.
     """
+
+
+class Lost(str):
+    """The reason for a call that did not come back: it hung, or its process ended or never began.
+
+    Such a call costs a time limit or the start of a process, so few of them are made.
+    """
+
+
+class NotCalled(str):
+    """The reason for pictures that the reward was not asked about."""
+
+
+class Patience:
+    """How many calls of a round may be lost, in a row or in all, before no more are made.
+
+    A reward that hangs so costs a few time limits, and a few pictures on which one hangs only
+    their own scores.
+    """
+
+    def __init__(self, in_a_row: int = 3, in_all: int = 10) -> None:
+        self._in_a_row, self._in_all = in_a_row, in_all
+        self._row = self._all = 0
+
+    @property
+    def over(self) -> bool:
+        """Whether no further call should be made."""
+        return self._row >= self._in_a_row or self._all >= self._in_all
+
+    def note(self, outcome: Any) -> None:
+        """Count the outcome of a call."""
+        lost = isinstance(outcome, Lost)
+        self._row = self._row + 1 if lost else 0
+        self._all += lost
+
+    @property
+    def reason(self) -> NotCalled:
+        """Why there is no further call."""
+        return NotCalled(f"{self._all} calls did not come back, so it was not called again")
 
 
 Outcome = list[Score] | str
@@ -44,23 +85,43 @@ def told(error: BaseException) -> str:
     return f"{text} ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else text
 
 
-def too_late(timeout_s: float) -> str:
+def too_late(timeout_s: float) -> Lost:
     """Return the reason for a call that ran out of time."""
-    return f"it did not return within {timeout_s:g} s"
+    return Lost(f"it did not return within {timeout_s:g} s")
 
 
 def _one_score(item: Any) -> Score:
     """Return a valid Score, its value None for whatever is not a finite number."""
     score = item if isinstance(item, Score) else Score(item)
     value: Any = score.value
+    reason = str(score.reason or "")
+    try:
+        details = _as_json(score.details)
+    except (TypeError, ValueError, RecursionError) as error:
+        return Score(None, f"the reward's details are no JSON object: {error}")
     if value is None:
-        return Score(None, score.reason or "the reward returned None", score.details)
+        return Score(None, reason or "the reward returned None", details)
     if getattr(value, "ndim", None) == 0:  # a NumPy or torch scalar
         value = value.item()
     if not isinstance(value, int | float):
         return Score(None, f"the reward returned {type(value).__name__}, not a number")
     if abs(value) == math.inf or value != value:
-        return Score(None, f"the reward returned {value}", score.details)
+        return Score(None, f"the reward returned {value}", details)
     if abs(value) > sys.float_info.max:
-        return Score(None, "the reward returned an integer too large for a score", score.details)
-    return Score(float(value), score.reason, score.details)
+        return Score(None, "the reward returned an integer too large for a score", details)
+    return Score(float(value), reason, details)
+
+
+def _as_json(details: Any) -> dict[str, Any]:
+    """Return details as they are when read back from JSON, so that they can go anywhere."""
+    if not isinstance(details, Mapping):
+        raise TypeError(f"they are a {type(details).__name__}")
+    if not details:
+        return {}
+    plain: dict[str, Any] = json.loads(json.dumps(dict(details), default=_plain))
+    return plain
+
+
+def _plain(value: Any) -> Any:
+    """Return numbers for arrays and text for other objects."""
+    return value.tolist() if hasattr(value, "tolist") else str(value)

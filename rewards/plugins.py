@@ -48,7 +48,11 @@ _SLOTS: dict[str, _Slot] = {}
 
 
 def reward(
-    *, name: str, check: RecordCheck | None = None, whole_batch: bool = False
+    *,
+    name: str,
+    check: RecordCheck | None = None,
+    whole_batch: bool = False,
+    paths: tuple[str, ...] = (),
 ) -> Callable[[_Function], _Function]:
     """Register a function as the reward `name`; the function itself is returned unchanged.
 
@@ -57,10 +61,12 @@ def reward(
     `check(record, **args)` raises RewardError for a prompt record that cannot be scored; it runs
     before a run starts. Set `whole_batch` if the score of a picture depends on the others of the
     call (a diversity reward): it then gets all pictures at once and is never called again singly.
+    Name under `paths` the columns whose text it opens as files: a server refuses text there, so
+    that nobody reads the server's files.
     """
 
     def decorate(function: _Function) -> _Function:
-        setattr(function, _TRAITS, Traits(name, check, whole_batch))
+        setattr(function, _TRAITS, Traits(name, check, whole_batch, paths))
         place = f"{function.__module__}:{function.__qualname__}"
         slot = _SLOTS.get(name)
         if _BUILT_IN.get(name) == place or place.startswith(_FILE_MODULE):

@@ -5,16 +5,21 @@ Each takes its published weights as a path or from the Hugging Face hub (`revisi
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
 from rewards.plugins import reward
+
+if TYPE_CHECKING:
+    from rewards.networks.open_clip_model import OpenClip
 
 
 @reward(name="clip_score")
 def clip_score(
     images: Sequence[Image.Image],
     prompts: Sequence[str],
+    *,
     weights: str,
     model: str = "ViT-L-14-quickgelu",
     revision: str | None = None,
@@ -27,14 +32,14 @@ def clip_score(
     """
     from rewards.networks.open_clip_model import open_clip_model
 
-    clip = open_clip_model(model, weights, revision, device)
-    return [float(x) for x in (clip.images(images) * clip.texts(prompts)).sum(-1)]
+    return _cosines(open_clip_model(model, weights, revision, device), images, prompts)
 
 
 @reward(name="hps_v2")
 def hps_v2(
     images: Sequence[Image.Image],
     prompts: Sequence[str],
+    *,
     weights: str,
     model: str = "ViT-H-14",
     revision: str | None = None,
@@ -43,15 +48,20 @@ def hps_v2(
     """Return HPS v2.1 (Wu et al. 2023), a cosine in [-1, 1]; typically 0.2 to 0.35.
 
     `weights`: HPS_v2.1_compressed.pt (hub: xswu/HPSv2/HPS_v2.1_compressed.pt), a fine-tuned CLIP
-    ViT-H-14. The published tables show it times 100.
+    ViT-H-14. The published tables show it times 100. As in the published code, pictures that are
+    not square are padded with black; CLIPScore cuts them to their middle.
     """
-    return clip_score(images, prompts, weights, model, revision, device)
+    from rewards.networks.open_clip_model import open_clip_model
+
+    clip = open_clip_model(model, weights, revision, device, whole_picture=True)
+    return _cosines(clip, images, prompts)
 
 
 @reward(name="pick_score")
 def pick_score(
     images: Sequence[Image.Image],
     prompts: Sequence[str],
+    *,
     weights: str,
     processor: str | None = None,
     revision: str | None = None,
@@ -80,6 +90,7 @@ def pick_score(
 def image_reward(
     images: Sequence[Image.Image],
     prompts: Sequence[str],
+    *,
     weights: str,
     tokenizer: str = "google-bert/bert-base-uncased",
     revision: str | None = None,
@@ -105,6 +116,7 @@ def image_reward(
 @reward(name="aesthetic")
 def aesthetic(
     images: Sequence[Image.Image],
+    *,
     weights: str,
     head: str,
     model: str = "ViT-L-14-quickgelu",
@@ -122,3 +134,9 @@ def aesthetic(
     features = open_clip_model(model, weights, revision, device).images(images)
     scores = aesthetic_head(head, head_revision, device)(features)[:, 0]
     return [float(score) for score in scores]
+
+
+def _cosines(
+    clip: "OpenClip", images: Sequence[Image.Image], prompts: Sequence[str]
+) -> list[float]:
+    return [float(x) for x in (clip.images(images) * clip.texts(prompts)).sum(-1)]

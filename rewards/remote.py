@@ -1,8 +1,9 @@
 """The reward `remote`: scores from servers that run `atelier serve-reward`.
 
 What travels: POST /score with a msgpack map {"images": [PNG or WebP bytes], "prompts": [text],
-"columns": {name: [value]}}, all of one length; back comes {"reward": name, "scores": [{"value":
-number or nil, "reason": text, "details": map}]}, in order.
+"columns": {name: [value]}}, all of one length; a picture in a column is the msgpack extension type
+1, with its bytes. Back comes {"reward": name, "scores": [{"value": number or nil, "reason": text,
+"details": map}]}, in order.
 """
 
 import asyncio
@@ -20,6 +21,7 @@ import msgpack
 from PIL import Image
 
 from common.errors import RewardError
+from common.images import open_image
 from rewards.contract import Score
 from rewards.plugins import reward
 
@@ -28,6 +30,8 @@ _PAUSES = (0.0, 0.5, 2.0)
 _REST_SECONDS = 10.0
 """A server that did not answer is asked last for this long."""
 _CONNECT_SECONDS = 5.0
+PICTURE_TYPE = 1
+"""Number of msgpack's extension type for a picture among the columns."""
 
 
 @dataclass
@@ -43,9 +47,11 @@ class _Server:
 async def remote(
     images: Sequence[Image.Image],
     prompts: Sequence[str],
+    *,
     servers: Sequence[str],
     token_file: str | None = None,
     server_timeout_s: float = 30.0,
+    pictures: Sequence[str] = (),
     **columns: Sequence[Any],
 ) -> list[Score]:
     """Return what a server says about the pictures; they travel as PNG, with all columns.
@@ -53,10 +59,11 @@ async def remote(
     `servers` are addresses such as http://127.0.0.1:8765, all with the same reward. Each call goes
     to the one with the fewest calls under way; batches of one run so spread over all. One that
     cannot be reached, is busy or takes longer than `server_timeout_s` is passed over, three rounds
-    in all. `token_file` holds the bearer token. Raises RewardError if no server answers or one
-    refuses the request.
+    in all. `token_file` holds the bearer token. `pictures` names columns that hold paths of
+    pictures (the `source` of an edit): the pictures are sent instead, since servers open no paths.
+    Raises RewardError if no server answers or one refuses the request.
     """
-    body = await asyncio.to_thread(_packed, images, prompts, columns)
+    body = await asyncio.to_thread(_packed, images, prompts, columns, pictures)
     headers = {"Content-Type": "application/msgpack"}
     if token_file is not None:
         headers["Authorization"] = f"Bearer {read_token(Path(token_file))}"
@@ -116,17 +123,32 @@ def _scores(answer: httpx.Response) -> list[Score]:
 
 
 def _packed(
-    images: Sequence[Image.Image], prompts: Sequence[str], columns: dict[str, Sequence[Any]]
+    images: Sequence[Image.Image],
+    prompts: Sequence[str],
+    columns: dict[str, Sequence[Any]],
+    pictures: Sequence[str],
 ) -> bytes:
+    for name in pictures:
+        if name not in columns:
+            raise RewardError(f"the prompt records lack the column `{name}` of `pictures`.")
+        columns[name] = [
+            open_image(Path(value)) if isinstance(value, str) else value for value in columns[name]
+        ]
     job = {
         "images": [_png(image) for image in images],
         "prompts": list(prompts),
         "columns": {name: list(values) for name, values in columns.items()},
     }
     try:
-        return bytes(msgpack.packb(job))
+        return bytes(msgpack.packb(job, default=_encoded))
     except TypeError as error:
         raise RewardError(f"a column holds what cannot be sent: {error}") from error
+
+
+def _encoded(value: Any) -> msgpack.ExtType:
+    if not isinstance(value, Image.Image):
+        raise TypeError(f"a {type(value).__name__}")
+    return msgpack.ExtType(PICTURE_TYPE, _png(value))
 
 
 def _png(image: Image.Image) -> bytes:

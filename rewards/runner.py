@@ -4,13 +4,15 @@ Every reward works on private copies in a thread or in processes of its own, in 
 time limit. What it returns is checked item by item. What could not be scored is None, with the
 reason logged.
 
-If a call fails as a whole (it raises, runs out of time or returns the wrong number of scores), its
-pictures are tried once more, one at a time, so that one bad picture costs only its own score.
+If a call fails as a whole (it raises or runs out of time), its pictures are tried once more, one at
+a time, so that one bad picture costs only its own score. After three calls in a row, or ten in all,
+that did not come back (they hung, or their process ended) the rest is not tried, so that a reward
+that hangs costs a few time limits and not one for each picture.
 That is sound for rewards that judge each picture by itself; one that compares the pictures of
 a call says so with `@reward(whole_batch=True)` and is never split.
 
-A reward whose calls have all failed three times in a row (a judge that is down) is first tried on
-up to three pictures, and asked for the rest only if one of them gets a score.
+A reward that has given no picture a score three times in a row (a judge that is down) is first
+tried on up to three pictures, and asked for the rest only if one of them gets a score.
 
 A Python thread cannot be stopped. A call that runs out of time in one is left behind; after three
 such calls that have not come back, the reward is not called again until one does. A process is
@@ -18,6 +20,7 @@ killed and started anew.
 """
 
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -34,7 +37,7 @@ from rewards.cache import ScoreCache, image_digest, reward_identity, score_key
 from rewards.composition import Composition
 from rewards.contract import RewardFunction, Score
 from rewards.hosting import Call, Host, ThreadHost
-from rewards.outcomes import BrokenContract, Outcome
+from rewards.outcomes import BrokenContract, NotCalled, Outcome
 from rewards.plugins import load_reward
 from rewards.spec import RewardSpec
 from rewards.workers import WorkerHost
@@ -72,6 +75,7 @@ class _Part:
     name: str
     function: RewardFunction
     host: Host
+    processes: int
     identity: str
     failed_rounds: int = 0
     seconds: float = 0.0
@@ -124,6 +128,7 @@ class RewardRunner:
                 name,
                 function,
                 _host(function, spec, folder),
+                max(1, spec.workers),
                 reward_identity(function) if cache else "",
             )
             for name, function, spec in zip(names, functions, specs, strict=True)
@@ -144,6 +149,11 @@ class RewardRunner:
     def seconds(self) -> dict[str, float]:
         """Seconds that each reward took in the last `score`."""
         return {part.name: part.seconds for part in self._parts}
+
+    @property
+    def path_columns(self) -> set[str]:
+        """Columns whose text some reward opens as files."""
+        return {name for part in self._parts for name in part.function.paths}
 
     def weights(self, step: int = 0) -> dict[str, float]:
         """Return each reward's weight at a training step."""
@@ -267,19 +277,21 @@ class RewardRunner:
         whole = part.function.whole_batch
         scores: dict[int, Score] = {}
         if part.failed_rounds >= _BREAK_AFTER and len(places) > _PROBES and not whole:
-            probes = places[:: len(places) // _PROBES][:_PROBES]
+            step = len(places) // _PROBES
+            probes = places[part.failed_rounds % step :: step][:_PROBES]  # others every time
             scores, reasons = _call(part, batch, probes, 1)
-            if len(reasons) == _PROBES:
+            scores |= {i: Score(None, reason) for i, reason in reasons.items()}
+            if not _any_value(scores):
                 note = (
-                    f"it was only tried on {_PROBES} pictures, because no call succeeded in the "
-                    f"last {part.failed_rounds} rounds: {reasons[probes[0]]}"
+                    f"it was only tried on {_PROBES} pictures, because none got a score in the "
+                    f"last {part.failed_rounds} rounds: {scores[probes[0]].reason}"
                 )
                 part.failed_rounds += 1
-                return dict.fromkeys(places, Score(None, note))
-            scores |= {i: Score(None, reason) for i, reason in reasons.items()}
+                return dict.fromkeys(places, Score(None, note)) | scores
         rest = [place for place in places if place not in scores]
-        judged, again = _call(part, batch, rest, len(rest) if whole else self._batch_size)
-        if not whole and self._batch_size > 1 and len(rest) > 1:
+        size = len(rest) if whole else self._size(len(rest), part.processes)
+        judged, again = _call(part, batch, rest, size)
+        if not whole and size > 1 and len(rest) > 1 and not _gave_up(again):
             singly = [i for i, why in again.items() if not isinstance(why, BrokenContract)]
             for reason in sorted({again[i] for i in singly}):
                 _LOG.warning(
@@ -290,8 +302,22 @@ class RewardRunner:
             retried, failed = _call(part, batch, singly, 1)
             judged |= retried
             again = {i: why for i, why in again.items() if i not in judged} | failed
-        part.failed_rounds = 0 if judged or not rest else part.failed_rounds + 1
-        return scores | judged | {i: Score(None, reason) for i, reason in again.items()}
+        scores |= judged | {i: Score(None, reason) for i, reason in again.items()}
+        part.failed_rounds = 0 if _any_value(scores) else part.failed_rounds + 1
+        return scores
+
+    def _size(self, count: int, processes: int) -> int:
+        """Return the pictures in a call: alike in all, and so that no process stays idle."""
+        rounds = math.ceil(count / (self._batch_size * processes))
+        return math.ceil(count / max(1, rounds * processes))
+
+
+def _any_value(scores: Mapping[int, Score]) -> bool:
+    return any(score.value is not None for score in scores.values())
+
+
+def _gave_up(reasons: Mapping[int, str]) -> bool:
+    return any(isinstance(reason, NotCalled) for reason in reasons.values())
 
 
 def _call(

@@ -47,7 +47,7 @@ class SceneDetector:
     """
 
     name = "scenes"
-    leaderboard_comparable: str | None = "the scene world is not GenEval's set of photographs"
+    not_comparable: str | None = "the scene world is not GenEval's set of photographs"
 
     def detect(self, images: Sequence[Image.Image]) -> list[list[Detection]]:
         """Return the detections of each picture, best first."""

@@ -6,23 +6,28 @@ to, decodes nothing but msgpack, PNG and WebP, and asks one reward, one request 
 
 import asyncio
 import hmac
+import ipaddress
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 import msgpack
+from PIL import Image
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from pydantic import BaseModel, ConfigDict, ValidationError
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
 from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from common.errors import DataError
 from common.images import open_image
+from rewards.remote import PICTURE_TYPE
 from rewards.runner import RewardRunner, Scored
 
 MSGPACK = "application/msgpack"
@@ -106,8 +111,10 @@ class RewardService:
         try:
             body = await self._body(request)
             # Unpacking and decoding take a while: not in the loop that answers /health.
-            job = await asyncio.to_thread(_read_job, body, self._limits)
-            images = await asyncio.to_thread(_decoded, job.images, self._limits)
+            pictures = _Pictures(self._limits)
+            job = await asyncio.to_thread(_read_job, body, self._limits, pictures)
+            _refuse_paths(job, self._runner.path_columns)
+            images = await asyncio.to_thread(_decoded, job.images, pictures)
             async with self._turn:
                 started = time.perf_counter()
                 scored = await asyncio.to_thread(
@@ -136,7 +143,7 @@ class RewardService:
             }
             for one in scored
         ]
-        content = msgpack.packb({"reward": name, "scores": scores}, default=str)
+        content = msgpack.packb({"reward": name, "scores": scores})
         return Response(content, media_type=MSGPACK)
 
     async def _body(self, request: Request) -> bytes:
@@ -178,20 +185,72 @@ def build_app(
     can reach it by a name of its own.
     """
     service = RewardService(runner, token, limits or Limits())
-    local = Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])
     return Starlette(
         routes=[
             Route("/score", service.score, methods=["POST"]),
             Route("/health", service.health),
             Route("/metrics", service.metrics),
         ],
-        middleware=[local] if token is None else [],
+        middleware=[Middleware(_ThisMachineAlone)] if token is None else [],
     )
 
 
-def _read_job(body: bytes, limits: Limits) -> _Job:
+def is_loopback(host: str | None) -> bool:
+    """Return whether a name or address without port can only be this machine."""
     try:
-        job = _Job.model_validate(msgpack.unpackb(body))
+        return host == "localhost" or ipaddress.ip_address(host or "").is_loopback
+    except ValueError:
+        return False
+
+
+class _ThisMachineAlone:
+    """Answers only requests to this machine's own names. (Starlette's own knows no IPv6.)"""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and not is_loopback(_asked_host(scope)):
+            refusal = _refusal(400, "without a token only this machine's own names are answered")
+            await refusal(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+
+def _asked_host(scope: Scope) -> str | None:
+    try:
+        return urlsplit(f"//{Headers(scope=scope).get('host', '')}").hostname
+    except ValueError:  # half an IPv6 address
+        return None
+
+
+class _Pictures:
+    """Opens the pictures of one request, up to so many pixels in all."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limit = self._left = limits.pixels
+
+    def open(self, data: bytes) -> Image.Image:
+        """Return the picture; DataError if it cannot be opened, _Refused if it is too much."""
+        image = open_image(data, "the picture")
+        self._left -= image.width * image.height
+        if self._left < 0:
+            raise _Refused(413, f"the images have more than {self._limit} pixels in all")
+        return image
+
+    def in_column(self, code: int, data: bytes) -> Image.Image:
+        """Return the picture of a msgpack extension value."""
+        if code != PICTURE_TYPE:
+            raise _Refused(400, f"columns: msgpack extension type {code} is unknown")
+        try:
+            return self.open(data)
+        except DataError as error:
+            raise _Refused(400, f"a picture among the columns: {error}") from None
+
+
+def _read_job(body: bytes, limits: Limits, pictures: _Pictures) -> _Job:
+    try:
+        job = _Job.model_validate(msgpack.unpackb(body, ext_hook=pictures.in_column))
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(map(str, first["loc"])) or "the request"
@@ -205,20 +264,25 @@ def _read_job(body: bytes, limits: Limits) -> _Job:
     return job
 
 
-def _decoded(encoded: Sequence[bytes], limits: Limits) -> list[Any]:
+def _refuse_paths(job: _Job, columns: Iterable[str]) -> None:
+    """Refuse text where the reward would open it as a file of this machine."""
+    for name in columns:
+        if any(isinstance(value, str) for value in job.columns.get(name, [])):
+            raise _Refused(
+                400,
+                f"columns.{name}: a server opens no paths. Fix: send the pictures "
+                f"(`pictures: [{name}]` under the arguments of the reward `remote`)",
+            )
+
+
+def _decoded(encoded: Sequence[bytes], pictures: _Pictures) -> list[Any]:
     """Return the pictures; for one that is refused the reason, which costs only its own score."""
     images: list[Any] = []
-    left = limits.pixels
     for data in encoded:
         try:
-            image = open_image(data, "the picture")
+            images.append(pictures.open(data))
         except DataError as error:
             images.append(error)
-            continue
-        left -= image.width * image.height
-        if left < 0:
-            raise _Refused(413, f"the images have more than {limits.pixels} pixels in all")
-        images.append(image)
     return images
 
 

@@ -1,10 +1,11 @@
 """A vision-language model as the judge, behind any OpenAI-compatible endpoint."""
 
+import asyncio
 import dataclasses
 import math
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Hashable, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from PIL import Image
 
@@ -28,6 +29,7 @@ object: {{"score": a number from 0 to {max_score}, "reason": one sentence}}.\
 async def vlm_judge(
     images: Sequence[Image.Image],
     prompts: Sequence[str],
+    *,
     base_url: str,
     model: str,
     question: str = QUESTION,
@@ -46,10 +48,13 @@ async def vlm_judge(
 
     `question` has the place {prompt}, may have {max_score}, and asks for a JSON object with
     "score"; a literal brace is doubled. For the other arguments see `rewards.judge_client.Judge`.
-    Give the reward a time limit (`timeout_s` of its recipe entry) that fits a whole batch.
+    Give the reward a time limit (`timeout_s` of its recipe entry) that fits all pictures of a step.
 
-    Details: answer (the whole JSON object) and cost (totals of this judge in this process:
-    requests, input_tokens, output_tokens, usd, from_cache).
+    `concurrency` and `budget_usd` hold for all calls of a reward of a run together. With `workers`
+    each process has its own; a judge only waits, so leave them out.
+
+    Details: answer (the whole JSON object) and cost (totals of this reward in this run: requests,
+    input_tokens, output_tokens, usd, from_cache).
     """
     if len(usd_per_million) != 2:
         raise RewardError(
@@ -75,10 +80,17 @@ async def vlm_judge(
     return [_score(answer, max_score, cost) for answer in answers]
 
 
-@cache
+_JUDGES: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[Hashable, Judge]] = WeakKeyDictionary()
+"""The judges of each event loop. The runner gives each reward a loop of its own for all its calls,
+so calls that run side by side share a judge, and other rewards and runs have others."""
+
+
 def _judge(**args: Any) -> Judge:
-    """Return the judge, kept so that its costs add up over calls."""
-    return Judge(**args)
+    judges = _JUDGES.setdefault(asyncio.get_running_loop(), {})
+    key = tuple(args.items())
+    if key not in judges:
+        judges[key] = Judge(**args)
+    return judges[key]
 
 
 def _filled(question: str, prompt: str, max_score: float) -> str:

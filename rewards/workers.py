@@ -12,13 +12,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 from common.errors import RewardError
 from common.heavy import prepare_torchvision
 from rewards.contract import RewardFunction
 from rewards.hosting import Call
-from rewards.outcomes import Outcome, outcome_of, told, too_late
+from rewards.outcomes import Lost, Outcome, Patience, outcome_of, told, too_late
 from rewards.plugins import load_reward
 
 _START_SECONDS = 120.0
@@ -39,7 +40,8 @@ class WorkerHost:
     """Runs the calls of one reward in `count` processes, one call at a time in each.
 
     They start at the first call and again after a kill. `use` is as for `load_reward`, with the
-    path of a file in full. Raises RewardError for a function that another process cannot import.
+    path of a file in full. Raises RewardError for a function that another process cannot import or
+    arguments that cannot be sent to it.
     """
 
     def __init__(self, function: RewardFunction, use: str, timeout_s: float, count: int) -> None:
@@ -50,6 +52,13 @@ class WorkerHost:
                 "process cannot import. Fix: put it in a file and use `file.py:function`."
             )
         task = _Task(use, module, function.args)
+        try:
+            ForkingPickler.dumps(task)
+        except Exception as error:  # there is no class for all that cannot be sent
+            raise RewardError(
+                f"reward `{function.name}`: its arguments cannot be sent to a worker process "
+                f"({error}). Fix: give numbers, texts, lists and mappings, or leave `workers` out."
+            ) from error
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         self._workers = [_Worker(task, timeout_s) for _ in range(count)]
         for worker in self._workers:
@@ -58,7 +67,8 @@ class WorkerHost:
 
     def run(self, calls: Sequence[Call]) -> list[Outcome]:
         """Return what each call came to, in order."""
-        return list(self._drivers.map(self._run_one, calls))
+        patience = Patience()
+        return list(self._drivers.map(lambda call: self._run_one(call, patience), calls))
 
     def close(self) -> None:
         """End the processes."""
@@ -66,10 +76,14 @@ class WorkerHost:
         for worker in self._workers:
             worker.stop()
 
-    def _run_one(self, call: Call) -> Outcome:
+    def _run_one(self, call: Call, patience: Patience) -> Outcome:
+        if patience.over:
+            return patience.reason
         worker = self._idle.get()
         try:
-            return worker.run(call)
+            outcome = worker.run(call)
+            patience.note(outcome)
+            return outcome
         finally:
             self._idle.put(worker)
 
@@ -96,7 +110,7 @@ class _Worker:
                 return too_late(self._timeout_s)
             return self._pipe.recv()
         except (EOFError, ConnectionError):
-            return f"its process ended with code {self.stop()}"
+            return Lost(f"its process ended with code {self.stop()}")
         except Exception as error:  # a column that cannot be sent; what was sent in part is lost
             self.stop()
             return told(error)
@@ -117,17 +131,18 @@ class _Worker:
     def _start(self) -> str:
         """Start the process; return "" or why it cannot load the reward."""
         context = multiprocessing.get_context("spawn")
-        self._pipe, far_end = context.Pipe()
-        self._process = context.Process(target=_work, args=(far_end, self._task), daemon=True)
-        self._process.start()
+        pipe, far_end = context.Pipe()
+        process = context.Process(target=_work, args=(far_end, self._task), daemon=True)
+        process.start()
+        self._pipe, self._process = pipe, process
         far_end.close()  # so that its end is seen here
         if not self._pipe.poll(_START_SECONDS):
             self.stop()
-            return f"its process did not start within {_START_SECONDS:g} s"
+            return Lost(f"its process did not start within {_START_SECONDS:g} s")
         problem: str = self._pipe.recv()
         if problem:
             self.stop()
-        return problem
+        return Lost(problem)
 
 
 def _work(pipe: Connection, task: _Task) -> None:
@@ -151,11 +166,7 @@ def _work(pipe: Connection, task: _Task) -> None:
             call: Call = pipe.recv()
         except EOFError:
             return
-        answer = _answer(function, call, loop)
-        try:
-            pipe.send(answer)
-        except Exception as error:  # details that cannot be sent; nothing of them was
-            pipe.send(told(error))
+        pipe.send(_answer(function, call, loop))
 
 
 def _answer(function: RewardFunction, call: Call, loop: asyncio.AbstractEventLoop) -> Outcome:

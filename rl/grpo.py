@@ -172,7 +172,10 @@ class ImageGRPOTrainer(GRPOTrainer):
                 log_metric(f"parts/{name}", float(np.mean(parts)))
         missing = sum(scored.total is None for scored in self.last_scores)
         log_metric("missing_rewards", float(missing))
-        self._unscored_steps = self._unscored_steps + 1 if missing == len(self.last_scores) else 0
+        # Over all processes, so that they stop together: one alone would leave the others waiting.
+        scored = torch.tensor([len(self.last_scores) - missing], device=self.accelerator.device)
+        anywhere = bool(self.accelerator.gather(scored).any())
+        self._unscored_steps = 0 if anywhere else self._unscored_steps + 1
         if self._unscored_steps == UNSCORED_STEPS:
             name, reason = next(iter(self.last_scores[0].reasons.items()), ("-", "unknown"))
             raise RunError(

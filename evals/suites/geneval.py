@@ -84,7 +84,14 @@ def geneval_suite(
     """Return a suite over records in GenEval's format, judged by its rules with that detector."""
 
     def score(image: Image.Image, record: Record) -> SampleScore:
-        judged = geneval([image], [record["metadata"]], detector=detector)[0]
+        [judged] = geneval(
+            [image],
+            [record["metadata"]],
+            detector=detector,
+            strict_weight=1,
+            soft_weight=0,
+            extra_penalty=0,
+        )
         details = judged.details
         return SampleScore(
             {
@@ -107,7 +114,7 @@ def geneval_suite(
             "soft": Metric("Soft score", "amount"),
             "extra_objects": Metric("Extra objects per picture", "amount", "lower"),
         },
-        not_comparable=detector.leaderboard_comparable,
+        not_comparable=detector.not_comparable,
         settings={"detector": detector.name},
         pictures=pictures,
     )

@@ -6,7 +6,7 @@ from rewards import reward
 
 
 @reward(name="warmth")
-def warmth(images, prompts, target=0.5):
+def warmth(images, prompts, *, target=0.5):
     """Return 1 - |warmth - target| for each picture; warmth is mean red - mean blue, in [-1, 1]."""
     scores = []
     for image in images:

@@ -6,7 +6,7 @@ from rewards import Score, reward
 
 
 @reward(name="sharpness")
-def sharpness(images, sharp=0.1):
+def sharpness(images, *, sharp=0.1):
     """Return the mean step in brightness between neighbours, divided by `sharp`, at most 1."""
     scores = []
     for image in images:

@@ -9,7 +9,12 @@ from PIL import Image
 from common.errors import RewardError
 from rewards.detector import Detection
 from rewards.geneval_metadata import COLORS
-from rewards.networks.open_clip_model import OPENAI_VIT_L_14, OpenClip, open_clip_model
+from rewards.networks.open_clip_model import (
+    OPENAI_ARCHITECTURE,
+    OPENAI_VIT_L_14,
+    OpenClip,
+    open_clip_model,
+)
 
 _TEMPLATES = (
     "a photo of a {color} {label}",
@@ -30,7 +35,12 @@ class ClipColors:
         self._clip: OpenClip | None = None
         if weights is not None:
             self._clip = open_clip_model(model, weights, revision, device)
-        self.official = self._clip is not None and self._clip.sha256 == OPENAI_VIT_L_14
+        # The same weights run in an architecture with another activation, and give other features.
+        self.official = (
+            self._clip is not None
+            and self._clip.sha256 == OPENAI_VIT_L_14
+            and model == OPENAI_ARCHITECTURE
+        )
         self._texts = cache(self._text_features)
 
     def __call__(self, image: Image.Image, detections: Sequence[Detection]) -> list[str]:

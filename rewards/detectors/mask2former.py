@@ -62,8 +62,8 @@ class Mask2Former:
         if short_side != _SHORT_SIDE:
             reasons.append(f"pictures are scaled to {short_side} pixels instead of {_SHORT_SIDE}")
         if not self._colors.official:
-            reasons.append("colours are not told by OpenAI's ViT-L-14.pt")
-        self.leaderboard_comparable: str | None = "; ".join(reasons) or None
+            reasons.append("colours are not told by OpenAI's ViT-L-14.pt as ViT-L-14-quickgelu")
+        self.not_comparable: str | None = "; ".join(reasons) or None
 
     def detect(self, images: Sequence[Image.Image]) -> list[list[Detection]]:
         """Return 100 detections of each picture, of any score (see `read_output`)."""

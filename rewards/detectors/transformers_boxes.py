@@ -50,7 +50,7 @@ class _BoxDetector:
     ) -> None:
         self._device = device
         self._colors = ClipColors(color_weights, color_revision, color_model, device)
-        self.leaderboard_comparable: str | None = f"{self.name} is not GenEval's Mask2Former"
+        self.not_comparable: str | None = f"{self.name} is not GenEval's Mask2Former"
         self._load(weights, revision)
 
     def detect(self, images: Sequence[Image.Image]) -> list[list[Detection]]:

@@ -1,14 +1,13 @@
 """The head of LAION's aesthetic predictor (christophschuhmann/improved-aesthetic-predictor)."""
 
-from functools import cache
-
 import torch
 
+from rewards.loading import loaded_once
 from rewards.networks.image_reward import linear_head
 from rewards.networks.weights import fill, find_file, read_tensors
 
 
-@cache
+@loaded_once
 def aesthetic_head(head: str, revision: str | None, device: str) -> torch.nn.Module:
     """Return the head, CLIP features [B, D] -> [B, 1], loaded on first use and kept."""
     what = "aesthetic head"

@@ -7,7 +7,6 @@ token, which has attended to the picture.
 
 import re
 from collections.abc import Mapping, Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from PIL import Image
 from torchvision import transforms
 
 from common.errors import RewardError
+from rewards.loading import loaded_once
 from rewards.networks.weights import fill, find_file, from_pretrained, read_tensors
 
 _MEAN, _STD = 0.16717362830052426, 1.0333394966054072
@@ -96,7 +96,7 @@ class ImageReward:
         return [float(score) for score in scores]
 
 
-@cache
+@loaded_once
 def image_reward_model(**args: Any) -> ImageReward:
     """Return the network, loaded on first use and kept."""
     return ImageReward(**args)

@@ -1,12 +1,12 @@
 """PickScore (Kirstain et al. 2023): a CLIP fine-tuned on people's choices, through transformers."""
 
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 import torch
 from PIL import Image
 
+from rewards.loading import loaded_once
 from rewards.networks.weights import from_pretrained
 
 _SCALE = 26
@@ -48,7 +48,7 @@ class PickScore:
         return [float(x) for x in self._network.logit_scale.exp() * cosines / _SCALE]
 
 
-@cache
+@loaded_once
 def pick_score_model(**args: Any) -> PickScore:
     """Return the network, loaded on first use and kept."""
     return PickScore(**args)

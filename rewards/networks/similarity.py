@@ -8,7 +8,6 @@ averaged over those; the features of a network belong to the whole picture.
 import inspect
 import re
 from collections.abc import Callable, Mapping
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ import torch
 from PIL import Image
 
 from common.errors import RewardError
+from rewards.loading import loaded_once
 from rewards.networks.open_clip_model import open_clip_model
 from rewards.networks.weights import does_not_fit, fill, find_file, from_pretrained, read_tensors
 
@@ -46,7 +46,7 @@ def load(measure: str, args: Mapping[str, Any] | None) -> Compare:
     return _kept(makers[measure], **dict(args or {}))
 
 
-@cache
+@loaded_once
 def _kept(maker: Callable[..., Compare], **args: Any) -> Compare:
     return maker(**args)
 

@@ -40,8 +40,8 @@ def find_file(weights: str, revision: str | None, what: str) -> Path:
 def from_pretrained(loader: Any, weights: str, revision: str | None, what: str) -> Any:
     """Return `loader.from_pretrained(...)` for a folder or a hub repository of transformers' form.
 
-    Raises RewardError, naming the network, if it cannot be found or read, or if tensors are
-    missing: transformers itself would go on with random ones.
+    Models are float32. Raises RewardError, naming the network, if it cannot be found or read, or
+    if tensors are missing: transformers itself would go on with random ones.
     """
     path = Path(weights).expanduser()
     place = str(path) if path.exists() else weights
@@ -49,7 +49,11 @@ def from_pretrained(loader: Any, weights: str, revision: str | None, what: str) 
     try:
         if not is_model:
             return loader.from_pretrained(place, revision=revision)
-        model, info = loader.from_pretrained(place, revision=revision, output_loading_info=True)
+        # Not the format of the file: transformers would make it torch's default while it loads,
+        # under the feet of the rewards that compute at that moment.
+        model, info = loader.from_pretrained(
+            place, revision=revision, dtype=torch.float32, output_loading_info=True
+        )
     except (OSError, ValueError) as error:
         raise _not_found(what, weights, error) from error
     lacking = sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"]))

@@ -122,6 +122,46 @@ def test_a_region_given_says_what_may_change():
     assert score(beside, REPLACE | {"region": [0, 0, 1, 1]}).details["kept"] == 1.0
 
 
+class Everywhere:
+    """Sees the source's circle before, and after it one new square that fills so much."""
+
+    name, not_comparable = "told", "made up"
+
+    def __init__(self, share):
+        self.box = (0, 0, 48 * share, 48)
+
+    def detect(self, images):
+        return [[], [Detection("square", 0.9, self.box)]]
+
+
+@pytest.mark.parametrize(("share", "kept"), [(0.25, 1), (0.5, 1), (0.75, 0.5), (1, 0)])
+def test_an_object_painted_over_everything_keeps_nothing(share, kept):
+    added = {"tag": "edit", "add": [{"class": "square", "count": 1}]}
+    painted_over = SOURCE.copy()
+    painted_over.paste((40, 60, 200), (0, 0, round(48 * share), 48))
+    result = score(painted_over, added, detector=Everywhere(share), measures=["pixels"])
+    assert result.details["success"] == 1.0
+    assert result.value == pytest.approx(kept, abs=1e-6)
+    # The record's author may say that all of it is to change.
+    asked = added | {"region": [0, 0, 1, 1]}
+    result = score(painted_over, asked, detector=Everywhere(share), measures=["pixels"])
+    assert result.value == 1.0
+    assert "nothing had to be kept" in result.reason
+
+
+def test_a_source_that_cannot_be_opened_costs_only_its_own_score(tmp_path):
+    (tmp_path / "empty.png").write_bytes(b"")
+    SOURCE.convert("CMYK").save(tmp_path / "cmyk.jpg")
+    bad = [str(tmp_path / "empty.png"), str(tmp_path / "cmyk.jpg"), str(tmp_path / "gone.png"),
+           SOURCE.convert("CMYK")]  # fmt: skip
+    right = RIGHT_EDITS[0][1]
+    results = consistency([right] * 5, [*bad, SOURCE], [REPLACE] * 5)
+    assert [result.value for result in results[:4]] == [None] * 4
+    assert results[4].value > 0.97
+    for result, word in zip(results, ["empty", "CMYK", "gone.png", "CMYK"], strict=False):
+        assert word in result.reason
+
+
 def test_whole_picture_and_outside_are_both_told():
     details = score(RIGHT_EDITS[0][1], REPLACE).details
     assert details["outside"]["ssim"] > details["whole"]["ssim"]

@@ -175,7 +175,7 @@ def test_it_detects_and_says_that_it_is_not_comparable(checkpoint, tiny_clip):
     detector = load_detector("mask2former", args)
     assert load_detector("mask2former", dict(reversed(args.items()))) is detector
     for reason in ("not GenEval's own", "64 pixels", "ViT-L-14"):
-        assert reason in detector.leaderboard_comparable
+        assert reason in detector.not_comparable
     [found] = detector.detect([PHOTO])
     assert len(found) == 100
     assert all(0 <= item.score <= 1 and item.label in CLASSES for item in found)
@@ -197,20 +197,23 @@ def test_only_the_two_official_files_make_it_comparable(checkpoint, tiny_clip, m
     _, path = checkpoint
     args = {"color_weights": tiny_clip["weights"], "color_model": tiny_clip["model"]}
     monkeypatch.setattr(m2f, "OFFICIAL_SHA256", sha256(path)[:8])
-    assert "colours" in m2f.Mask2Former(str(path), **args).leaderboard_comparable
+    assert "colours" in m2f.Mask2Former(str(path), **args).not_comparable
     from pathlib import Path
 
     monkeypatch.setattr(clip_colors, "OPENAI_VIT_L_14", sha256(Path(tiny_clip["weights"])))
-    assert m2f.Mask2Former(str(path), **args).leaderboard_comparable is None
-    assert "64" in m2f.Mask2Former(str(path), short_side=64, **args).leaderboard_comparable
-    assert "colours" in m2f.Mask2Former(str(path)).leaderboard_comparable
+    # The right file in an architecture that is not OpenAI's (ViT-L-14 without QuickGELU).
+    assert "colours" in m2f.Mask2Former(str(path), **args).not_comparable
+    monkeypatch.setattr(clip_colors, "OPENAI_ARCHITECTURE", tiny_clip["model"])
+    assert m2f.Mask2Former(str(path), **args).not_comparable is None
+    assert "64" in m2f.Mask2Former(str(path), short_side=64, **args).not_comparable
+    assert "colours" in m2f.Mask2Former(str(path)).not_comparable
 
 
 def test_the_same_network_saved_by_transformers_is_not_comparable(checkpoint, tmp_path):
     network, _ = checkpoint
     network.save_pretrained(tmp_path)
     detector = m2f.Mask2Former(str(tmp_path), short_side=64)
-    assert "not GenEval's own" in detector.leaderboard_comparable
+    assert "not GenEval's own" in detector.not_comparable
     assert len(detector.detect([PHOTO])[0]) == 100
 
 
@@ -327,7 +330,7 @@ def test_rt_detr_detects_under_genevals_names(rt_detr):
             x0, y0, x1, y1 = item.box_xyxy
             assert 0 <= x0 <= x1 <= width
             assert 0 <= y0 <= y1 <= height
-    assert "not GenEval's Mask2Former" in detector.leaderboard_comparable
+    assert "not GenEval's Mask2Former" in detector.not_comparable
 
 
 def test_a_detector_of_other_classes_is_refused(rt_detr, tmp_path):

@@ -15,7 +15,7 @@ from rewards.geneval_metadata import CLASSES
 
 class ToldDetector:
     name = "told"
-    leaderboard_comparable = "made up"
+    not_comparable = "made up"
 
     def __init__(self, *found):
         self.found = list(found)
@@ -62,7 +62,7 @@ def test_details_explain_the_score():
         "soft": 1.0,
         "extra": 1,
         "detector": "told",
-        "not_comparable": "made up",
+        "not_comparable": "made up; the score is a mixture; GenEval's is the strict verdict alone",
         "objects": [
             {"label": "circle", "color": "red", "score": 0.95, "box": [0, 0, 4, 4]},
             {"label": "ring", "color": None, "score": 0.95, "box": [9, 0, 13, 4]},
@@ -70,6 +70,25 @@ def test_details_explain_the_score():
         "size": [48, 48],
     }
     json.dumps(score.details)
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({}, "mixture"),
+        ({"soft_weight": 0, "extra_penalty": 0}, "mixture"),
+        ({"strict_weight": 1, "soft_weight": 0}, "mixture"),
+        ({"strict_weight": 1, "soft_weight": 0, "extra_penalty": 0}, None),
+        ({"strict_weight": 1, "soft_weight": 0, "max_extra": 0}, None),
+        ({"strict_weight": 1, "soft_weight": 0, "extra_penalty": 0, "compat": "flow_grpo"}, "flow"),
+    ],
+)
+def test_only_the_strict_verdict_by_the_official_rules_is_comparable(options, word):
+    detector = ToldDetector([circle(0)])
+    detector.not_comparable = None
+    [score] = geneval([PICTURE], [RED_CIRCLE], detector=detector, **options)
+    reason = score.details["not_comparable"]
+    assert reason is None if word is None else word in reason
 
 
 def test_a_record_without_include_scores_none_and_spoils_no_other():

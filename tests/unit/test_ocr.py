@@ -55,6 +55,24 @@ def test_without_containment_the_whole_text_must_be_right(lines, expected):
     assert text_score(lines, ["cab"], contains=False) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    ("lines", "wanted", "expected"),
+    [
+        (["cab", "now"], ["cab", "now"], 1),
+        (["now", "cab"], ["cab", "now"], 1),  # "NOW" may hang above "CAB"
+        (["cabnow"], ["cab", "now"], 1),
+        (["cab", "now", "cab", "now"], ["cab", "now"], 0),  # each twice: 6 letters too many of 6
+        (["cab", "now", "xyz"], ["cab", "now"], 1 / 2),
+        (["cab"], ["cab", "cab"], 1 / 2),  # one sign is not two
+        (["cab", "ham", "now"], ["ham"], 0),
+        (["a", "b", "c", "d"], ["d", "c", "b", "a"], 1),
+        (["e", "d", "c", "b", "a"], ["e", "d", "c", "b", "a"], 1),
+    ],
+)
+def test_without_containment_no_line_too_many_pays_for_several_strings(lines, wanted, expected):
+    assert text_score(lines, wanted, contains=False) == pytest.approx(expected)
+
+
 def test_several_strings_are_weighted_by_length_and_may_stand_on_lines_of_their_own():
     assert text_score(["open", "now"], ["open", "now"]) == 1.0
     assert text_score(["now", "open"], ["open", "now"]) == 1.0
@@ -184,7 +202,9 @@ def test_a_small_picture_is_enlarged_and_its_boxes_are_in_its_own_pixels():
 
 
 def test_rgba_and_grey_pictures_are_read():
-    scores = ocr([sign("HAT", 64).convert(mode) for mode in ("RGBA", "L")], ['"HAT"'] * 2, MIDDLE)
+    scores = ocr(
+        [sign("HAT", 64).convert(mode) for mode in ("RGBA", "L")], ['"HAT"'] * 2, box=MIDDLE
+    )
     assert [s.value for s in scores] == [1.0, 1.0]
 
 

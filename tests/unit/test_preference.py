@@ -44,6 +44,20 @@ def test_clip_rewards_are_the_cosine(function, tiny_clip, clip_features):
     assert len(set(got)) == 3
 
 
+def test_hps_sees_the_whole_picture_and_clip_score_its_middle(tiny_clip):
+    """HPSv2's code scales the longer side and pads with black; CLIP's cuts to the middle."""
+    strip = Image.fromarray(RNG.integers(0, 256, (40, 160, 3), dtype=np.uint8))
+    square = Image.new("RGB", (160, 160))
+    square.paste(strip, (0, 60))
+    middle = strip.crop((60, 0, 100, 40))
+    for function, same, other in ((hps_v2, square, middle), (clip_score, middle, square)):
+        whole, alike, unlike = (
+            function([picture], PROMPTS[:1], **tiny_clip)[0] for picture in (strip, same, other)
+        )
+        assert whole == pytest.approx(alike, abs=2e-3)
+        assert abs(whole - unlike) > 1e-2
+
+
 def test_hps_reads_the_published_file_format(tiny_clip, tmp_path):
     """HPS_v2.1_compressed.pt holds its tensors under "state_dict"."""
     state = torch.load(tiny_clip["weights"], weights_only=True)
@@ -290,9 +304,9 @@ def test_damaged_weights_are_refused(tiny_clip, tmp_path):
     whole = Path(tiny_clip["weights"]).read_bytes()
     (tmp_path / "cut.pt").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(RewardError, match=r"cut\.pt cannot be loaded"):
-        clip_score(PICTURES, PROMPTS, str(tmp_path / "cut.pt"), tiny_clip["model"])
+        clip_score(PICTURES, PROMPTS, weights=str(tmp_path / "cut.pt"), model=tiny_clip["model"])
     with pytest.raises(RewardError, match="no model `ViT-Z`"):
-        clip_score(PICTURES, PROMPTS, tiny_clip["weights"], "ViT-Z")
+        clip_score(PICTURES, PROMPTS, weights=tiny_clip["weights"], model="ViT-Z")
 
 
 def test_a_transformers_model_that_lacks_tensors_is_refused_not_filled_at_random(tmp_path):

@@ -1,5 +1,7 @@
 """Finding and calling reward functions: names, files, entry points, arguments, columns."""
 
+import importlib
+import inspect
 import subprocess
 import sys
 
@@ -7,7 +9,7 @@ import pytest
 from PIL import Image
 
 from common.errors import RewardError
-from rewards import list_rewards, load_reward, reward
+from rewards import list_rewards, load_reward, plugins, reward
 
 PICTURES = [Image.new("RGB", (4, 4)) for _ in range(2)]
 PROMPTS = ["a", "b"]
@@ -56,6 +58,49 @@ def test_a_column_fills_a_parameter_that_has_a_default_and_an_argument_outranks_
 
     assert load_reward("p_default")(PICTURES, PROMPTS, target=[1, 2]) == [1, 2]
     assert load_reward("p_default", target=7)(PICTURES, PROMPTS, target=[1, 2]) == 7
+
+
+def test_a_column_never_fills_an_option():
+    @reward(name="p_option")
+    def with_option(images, metadata, *, strict=False, **columns):
+        return [strict, sorted(columns)]
+
+    columns = {"metadata": [1, 2], "strict": [3, 4], "tag": [5, 6]}
+    assert load_reward("p_option")(PICTURES, PROMPTS, **columns) == [False, ["prompts", "tag"]]
+    assert load_reward("p_option", strict=7)(PICTURES, PROMPTS, **columns)[0] == 7
+    assert not load_reward("p_option").sees("strict")
+    assert load_reward("p_option").sees("tag")
+
+
+def test_an_option_without_a_value_is_an_error_at_once():
+    @reward(name="p_needed")
+    def needed(images, *, weights):
+        return []
+
+    with pytest.raises(RewardError, match=r"needs the argument `weights`.*under `args`"):
+        load_reward("p_needed")
+
+
+def test_no_option_of_a_built_in_reward_can_be_set_by_a_data_set():
+    args = {
+        "weights": "w", "head": "h", "servers": [], "base_url": "http://127.0.0.1/v1", "model": "m",
+    }  # fmt: skip
+    columns = {"images", "prompts", "metadata", "source", "columns"}
+    for name in plugins._BUILT_IN:
+        known = inspect.signature(load_any(name, args).function).parameters
+        for option in known.keys() - columns:
+            assert not load_any(name, args).sees(option), f"{name}.{option}"
+
+
+def load_any(name, args):
+    """Load a reward with those of the arguments that it must have."""
+    known = inspect.signature(_place(name)).parameters
+    return load_reward(name, **{k: v for k, v in args.items() if k in known})
+
+
+def _place(name):
+    module, _, function = plugins._BUILT_IN[name].partition(":")
+    return getattr(importlib.import_module(module), function)
 
 
 def test_double_star_receives_all_columns():

@@ -1,9 +1,7 @@
 """The runner: no reward and no picture may spoil another's score."""
 
-import asyncio
 import logging
 import math
-import threading
 import time
 
 import numpy as np
@@ -93,6 +91,28 @@ def test_details_and_reasons_reach_the_caller():
     scored = run(RewardSpec("t_told"))
     assert scored[3].reasons == {"t_told": "as asked"}
     assert scored[3].details == {"t_told": {"seen": 3}}
+
+
+def test_details_are_what_json_can_hold():
+    given = {1: (2, 3), "array": np.arange(2), "object": grey, "deep": {None: np.float32(0.5)}}
+
+    @reward(name="t_odd_details")
+    def odd_details(images):
+        return [Score(1.0, "", given) for x in images]
+
+    details = run(RewardSpec("t_odd_details"))[0].details["t_odd_details"]
+    assert details == {"1": [2, 3], "array": [0, 1], "object": str(grey), "deep": {"null": 0.5}}
+
+
+@pytest.mark.parametrize("details", [[1, 2], [], "text", {(1, 2): 3}])
+def test_details_that_are_no_json_object_cost_only_their_own_score(details):
+    @reward(name="t_no_details")
+    def no_details(images):
+        return [Score(1.0, "", details if level(x) == 1 else {}) for x in images]
+
+    scored = run(RewardSpec("t_no_details"))
+    assert parts(scored, "t_no_details") == [1, None, 1, 1, 1, 1]
+    assert "no JSON object" in scored[1].reasons["t_no_details"]
 
 
 # --- garbage --------------------------------------------------------------------------------------
@@ -261,128 +281,6 @@ def test_a_picture_that_cannot_be_read_costs_only_its_own_score(tmp_path):
     assert "cannot be read" in scored[1].reasons["t_seen"]
     assert "str" in scored[2].reasons["t_seen"]
     assert seen == [2]
-
-
-# --- time -----------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def release():
-    """Lets hanging rewards end when the test does."""
-    event = threading.Event()
-    yield event
-    event.set()
-
-
-def test_a_picture_that_hangs_costs_only_its_own_score(release):
-    @reward(name="t_hangs")
-    def hangs(images):
-        if any(level(x) == 2 for x in images):
-            release.wait(30)
-        return [0.5] * len(images)
-
-    start = time.perf_counter()
-    scored = run(RewardSpec("t_hangs", timeout_s=0.3), RewardSpec("t_level"))
-    assert time.perf_counter() - start < 5
-    assert parts(scored, "t_hangs") == [0.5, 0.5, None, 0.5, 0.5, 0.5]
-    assert "0.3 s" in scored[2].reasons["t_hangs"]
-    assert parts(scored, "t_level") == [0, 1, 2, 3, 4, 5]
-
-
-def test_a_reward_that_always_hangs_is_given_up_and_taken_back_when_its_calls_return(release):
-    calls = []
-
-    @reward(name="t_stuck")
-    def stuck(images):
-        calls.append(len(images))
-        release.wait(30)
-        return [0.5] * len(images)
-
-    with RewardRunner([RewardSpec("t_stuck", timeout_s=0.2)]) as runner:
-        start = time.perf_counter()
-        assert parts(runner.score(PICTURES, PROMPTS), "t_stuck") == [None] * 6
-        assert len(calls) == 3
-        again = runner.score(PICTURES, PROMPTS)
-        assert time.perf_counter() - start < 5
-        assert len(calls) == 3
-        assert "not come back" in again[0].reasons["t_stuck"]
-        release.set()
-        time.sleep(0.3)
-        assert parts(runner.score(PICTURES, PROMPTS), "t_stuck") == [0.5] * 6
-
-
-def test_async_rewards_run_together_and_a_hanging_one_is_cancelled():
-    cancelled = []
-
-    @reward(name="t_async")
-    async def waits(images):
-        await asyncio.sleep(0.4)
-        return [0.5] * len(images)
-
-    @reward(name="t_never")
-    async def never(images):
-        if not any(level(x) == 1 for x in images):
-            return [0.5] * len(images)
-        try:
-            await asyncio.sleep(60)
-        except asyncio.CancelledError:
-            cancelled.append(True)
-            raise
-
-    start = time.perf_counter()
-    scored = run(
-        RewardSpec("t_async", timeout_s=5), RewardSpec("t_never", timeout_s=0.3), batch_size=1
-    )
-    assert time.perf_counter() - start < 2  # six calls of 0.4 s, side by side
-    assert parts(scored, "t_async") == [0.5] * 6
-    assert parts(scored, "t_never") == [0.5, None] + [0.5] * 4
-    assert cancelled == [True]
-
-
-def test_an_async_reward_that_blocks_its_thread_is_left_behind(release):
-    @reward(name="t_blocks")
-    async def blocks(images):
-        release.wait(30)
-        return [0.5] * len(images)
-
-    start = time.perf_counter()
-    scored = run(RewardSpec("t_blocks", timeout_s=0.2), RewardSpec("t_level"), images=PICTURES[:2])
-    assert time.perf_counter() - start < 5
-    assert parts(scored, "t_blocks") == [None, None]
-    assert parts(scored, "t_level") == [0, 1]
-
-
-def test_an_async_reward_keeps_its_event_loop_from_call_to_call():
-    loops = []
-
-    @reward(name="t_loop")
-    async def same_loop(images):
-        loops.append(asyncio.get_running_loop())
-        return [0.5] * len(images)
-
-    with RewardRunner([RewardSpec("t_loop")]) as runner:
-        for _ in range(3):
-            runner.score(PICTURES, PROMPTS)
-    assert len(loops) == 3
-    assert loops[0] is loops[1] is loops[2]
-
-
-def test_a_timeout_error_of_the_rewards_own_keeps_its_message():
-    @reward(name="t_server")
-    async def server(images):
-        raise TimeoutError("judge.example did not answer")
-
-    reason = run(RewardSpec("t_server"))[0].reasons["t_server"]
-    assert "judge.example" in reason
-
-
-def test_closing_leaves_no_thread():
-    before = threading.active_count()
-    run(RewardSpec("t_level"))
-    deadline = time.monotonic() + 5
-    while threading.active_count() > before and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert threading.active_count() == before
 
 
 # --- wrong use ------------------------------------------------------------------------------------

@@ -117,6 +117,82 @@ def test_web_pages_cannot_ask(client):
     assert client.get("/score").status_code == 405
 
 
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("127.0.0.1:8765", 200), ("localhost", 200), ("[::1]:8765", 200), ("127.0.0.2:1", 200),
+        ("192.168.1.2", 400), ("[::2]:8765", 400), ("localhost.evil.example", 400), ("[::1", 400),
+        ("", 400),
+    ],
+)  # fmt: skip
+def test_without_a_token_only_this_machine_is_answered(client, host, status):
+    assert client.get("/health", headers={"Host": host}).status_code == status
+
+
+def test_columns_cannot_change_the_settings_of_a_reward():
+    @reward(name="s_option")
+    def with_option(images, *, weight=1.0):
+        return [weight] * len(images)
+
+    with RewardRunner([RewardSpec("s_option")]) as runner:
+        app = build_app(runner)
+        with TestClient(app, base_url="http://127.0.0.1:8765") as client:
+            content = job([picture()], columns={"weight": [5.0]})
+            reply = msgpack.unpackb(client.post("/score", content=content, headers=TYPE).content)
+    assert reply["scores"][0]["value"] == 1.0
+
+
+# --- pictures among the columns ------------------------------------------------------------------
+
+
+EDIT = {"add": [{"class": "circle", "count": 1}], "tag": "edit"}
+
+
+@pytest.fixture
+def editing():
+    with RewardRunner([RewardSpec("consistency", args={"measures": ["pixels"]})]) as runner:
+        app = build_app(runner, limits=Limits(pixels=99))
+        with TestClient(app, base_url="http://127.0.0.1:8765") as client:
+            yield client
+
+
+@pytest.mark.parametrize(
+    ("source", "status", "word"),
+    [
+        (msgpack.ExtType(1, picture()), 200, ""),
+        ("/etc/passwd", 400, "columns.source: a server opens no paths"),
+        (msgpack.ExtType(1, b"GIF89a"), 400, "not a whole"),
+        (msgpack.ExtType(1, picture(width=19)), 413, "99 pixels"),
+        (msgpack.ExtType(2, picture()), 400, "type 2"),
+    ],
+)
+def test_a_source_is_sent_and_never_opened_on_the_server(editing, source, status, word):
+    content = job([picture()], columns={"source": [source], "metadata": [EDIT]})
+    answer = editing.post("/score", content=content, headers=TYPE)
+    assert answer.status_code == status
+    if status == 200:
+        [score] = msgpack.unpackb(answer.content)["scores"]
+        assert score["value"] == 0.0  # a copy of the source
+    else:
+        assert word in answer.json()["error"]
+
+
+def test_the_client_sends_the_sources_of_edits(serve, tmp_path):
+    Image.new("RGB", (6, 4), (0, 0, 0)).save(tmp_path / "a.png")
+    columns = {
+        "source": [str(tmp_path / "a.png"), Image.new("RGB", (6, 4))],
+        "metadata": [EDIT] * 2,
+    }
+    address = serve("consistency", measures=["pixels"])
+    scored = remote_scores(2, columns=columns, servers=[address], pictures=["source"])
+    assert [one.total for one in scored] == [0.0, 0.0]
+    [one, other] = remote_scores(2, columns=columns, servers=[address])
+    assert "opens no paths" in one.reasons["remote"]
+    assert other.total == 0.0
+    [one] = remote_scores(1, servers=[address], pictures=["source"])
+    assert "lack the column `source`" in one.reasons["remote"]
+
+
 def test_health_and_metrics(client):
     assert client.get("/health").json() == {"status": "ok", "reward": "s_red"}
     client.post("/score", content=job([picture(), b"x"]), headers=TYPE)
@@ -265,20 +341,23 @@ def test_no_open_service_without_a_token(host, capsys):
     assert "--token-file" in capsys.readouterr().err
 
 
-def test_the_command_serves_with_arguments(monkeypatch, capsys, tmp_path):
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_the_command_serves_with_arguments(host, monkeypatch, capsys, tmp_path):
     (tmp_path / "mine.py").write_text(
         "def half(images, scale=1.0): return [scale / 2] * len(images)\n"
     )
     answers = []
 
     def run(app, host, port, **_):
-        with TestClient(app, base_url=f"http://{host}:{port}") as client:
+        name = f"[{host}]" if ":" in host else host
+        with TestClient(app, base_url=f"http://{name}:{port}") as client:
             answer = client.post("/score", content=job([picture()]), headers=TYPE)
             answers.append(msgpack.unpackb(answer.content)["scores"][0]["value"])
 
     monkeypatch.setattr(uvicorn, "run", run)
     monkeypatch.chdir(tmp_path)
-    assert main(["serve-reward", "mine.py:half", "--arg", "scale=3", "--workers", "1"]) == 0
+    command = ["serve-reward", "mine.py:half", "--arg", "scale=3", "--host", host]
+    assert main(command) == 0
     assert answers == [1.5]
-    assert "serving half at http://127.0.0.1:8765" in capsys.readouterr().out
+    assert f"{host}" in capsys.readouterr().out
     assert main(["serve-reward", "mine.py:half", "--arg", "scale"]) == 2

@@ -1,6 +1,7 @@
 """Rewards in processes of their own, the cache, and the reward that is down."""
 
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -31,9 +32,6 @@ def odd(images, prompts, target=0, note=None):
             sys.exit(3)
         if prompt == "hang":
             time.sleep(60)
-        if prompt == "lambda":
-            scores.append(Score(1.0, "", {"f": lambda: 0}))
-            continue
         if prompt == "raise":
             raise KeyError("gone")
         value = float("nan") if prompt == "nan" else np.float32(image.getpixel((0, 0))[0])
@@ -46,6 +44,18 @@ async def later(images):
 def threads(images):
     return [float(os.environ["OMP_NUM_THREADS"])] * len(images)
 
+def hangs(images):
+    time.sleep(60)
+
+def hangs_on_red(images):
+    if any(image.getpixel((0, 0))[0] == 3 for image in images):
+        time.sleep(60)
+    return [1.0] * len(images)
+
+def sizes(images):
+    time.sleep(0.05)
+    return [float(len(images))] * len(images)
+
 def slow(images):
     time.sleep(0.5)
     return [0.0] * len(images)
@@ -55,9 +65,8 @@ TROUBLE = {
     "exit": "ended with code 7",
     "sys.exit": "sys.exit(3)",
     "hang": "within 2 s",
-    "raise": "KeyError: 'gone' (odd.py:22)",
+    "raise": "KeyError: 'gone' (odd.py:19)",
     "nan": "nan",
-    "lambda": "pickle",
 }
 
 
@@ -83,12 +92,12 @@ def test_crash_hang_and_the_rest_cost_only_their_own_picture(file):
     prompts = ["fine", *TROUBLE, "fine"]
     spec = RewardSpec(f"{file}:odd", timeout_s=2, workers=1)
     with RewardRunner([spec], batch_size=3) as runner:
-        scored = runner.score(pictures(9), prompts, {"note": list("abcdefghi")})
-        assert parts(scored, "odd") == [0, *[None] * 7, 8]
+        scored = runner.score(pictures(8), prompts, {"note": list("abcdefgh")})
+        assert parts(scored, "odd") == [0, *[None] * 6, 7]
         for prompt, one in zip(prompts[1:-1], scored[1:-1], strict=True):
             assert TROUBLE[prompt] in one.reasons["odd"], prompt
         details = scored[-1].details["odd"]
-        assert details["note"] in "ghi"  # of its own call, alone or in its batch
+        assert details["note"] in "gh"  # of its own call, alone or in its batch
         assert details["pid"] != os.getpid()
     assert not multiprocessing.active_children()  # the one that hung was killed
 
@@ -128,6 +137,11 @@ def test_a_function_of_the_running_script_is_refused():
         RewardRunner([RewardSpec("w_mine", workers=1)])
 
 
+def test_arguments_that_cannot_be_sent_are_refused_at_once(file):
+    with pytest.raises(RewardError, match=r"`odd`.*cannot be sent to a worker process"):
+        RewardRunner([RewardSpec(f"{file}:odd", args={"target": lambda: 0}, workers=1)])
+
+
 def test_interrupting_the_run_leaves_its_processes_alone(file):
     with RewardRunner([RewardSpec(f"{file}:odd", workers=1)]) as runner:
         pid = runner.score(pictures(1), [""])[0].details["odd"]["pid"]
@@ -135,6 +149,35 @@ def test_interrupting_the_run_leaves_its_processes_alone(file):
         time.sleep(0.2)
         again = runner.score(pictures(1), [""])[0]
         assert again.details["odd"]["pid"] == pid
+
+
+def test_a_reward_that_hangs_costs_three_time_limits_not_one_for_each_picture(file):
+    with RewardRunner([RewardSpec(f"{file}:hangs", timeout_s=0.3, workers=1)]) as runner:
+        runner.score(pictures(1), [""])  # the process starts
+        start = time.perf_counter()
+        scored = runner.score(pictures(200), [""] * 200)
+        seconds = time.perf_counter() - start
+    assert parts(scored, "hangs") == [None] * 200
+    assert "within 0.3 s" in scored[0].reasons["hangs"]
+    assert "3 calls did not come back" in scored[-1].reasons["hangs"]
+    # Seven batches: three time limits, two new processes, and no picture is tried singly.
+    assert seconds < 30
+
+
+def test_one_picture_on_which_a_reward_hangs_costs_only_its_own_score(file):
+    with RewardRunner([RewardSpec(f"{file}:hangs_on_red", timeout_s=0.5, workers=1)]) as runner:
+        scored = runner.score(pictures(6), [""] * 6)
+    assert parts(scored, "hangs_on_red") == [1, 1, 1, None, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("count", "workers", "sizes"),
+    [(8, 3, [3, 3, 2]), (40, 0, [20, 20]), (70, 2, [18, 18, 18, 16])],
+)
+def test_few_pictures_are_shared_by_all_processes(file, count, workers, sizes):
+    with RewardRunner([RewardSpec(f"{file}:sizes", workers=workers)]) as runner:
+        scored = runner.score(pictures(count), [""] * count)
+    assert parts(scored, "sizes") == [float(size) for size in sizes for _ in range(size)]
 
 
 # --- a reward that is down ------------------------------------------------------------------------
@@ -167,6 +210,31 @@ def test_a_reward_that_is_down_is_only_probed_until_it_is_back():
         calls.clear()
         runner.score(pictures(8), [""] * 8)
         assert calls == [8]
+
+
+@pytest.mark.parametrize("failure", [None, math.nan, "no score"])
+def test_a_reward_whose_every_picture_has_no_score_is_down_too(failure):
+    """A judge whose server is gone returns None for each picture; it raises nothing."""
+    calls, down = [], [True]
+
+    @reward(name="w_nones")
+    def nones(images):
+        calls.append([image.getpixel((0, 0))[0] for image in images])
+        return [failure if down[0] else 0.5] * len(images)
+
+    with RewardRunner([RewardSpec("w_nones")], batch_size=12) as runner:
+        for _ in range(3):
+            assert parts(runner.score(pictures(12), [""] * 12), "w_nones") == [None] * 12
+        assert [len(call) for call in calls] == [12] * 3
+        calls.clear()
+        for _ in range(2):
+            scored = runner.score(pictures(12), [""] * 12)
+            assert parts(scored, "w_nones") == [None] * 12
+            assert any("only tried on 3 pictures" in one.reasons["w_nones"] for one in scored)
+        assert [len(call) for call in calls] == [1] * 6
+        assert calls[:3] != calls[3:]  # a picture may be why, so others are tried next
+        down[0] = False
+        assert parts(runner.score(pictures(12), [""] * 12), "w_nones") == [0.5] * 12
 
 
 def test_bad_pictures_in_a_row_do_not_stop_a_reward():
@@ -276,3 +344,7 @@ def test_a_cache_that_is_something_else_is_refused(tmp_path):
     file.write_text(json.dumps({"x": 1}) * 500)
     with pytest.raises(RewardError, match=r"scores\.jsonl is not a score cache"):
         ScoreCache(file)
+    with pytest.raises(RewardError, match=r"is not a score cache.*name another file"):
+        ScoreCache(tmp_path)
+    with pytest.raises(RewardError, match="is not a score cache"):
+        ScoreCache(file / "below.sqlite")

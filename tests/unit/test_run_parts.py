@@ -102,6 +102,39 @@ def test_files_are_found_beside_the_recipe_and_beside_those_it_extends(
     assert recipe.policy.path == str(tmp_path / "relative" / "policy")
 
 
+def test_paths_among_the_arguments_of_rewards_are_the_same_from_any_folder(
+    tmp_path, monkeypatch, policy_folder
+):
+    folder = tmp_path / "mine"
+    write_recipe(folder, policy_folder)
+    for name in ("weights.pt", "token", "clip.pt"):
+        (folder / name).write_text("x")
+    (folder / "scenes").mkdir()
+    (tmp_path / "here.pt").write_text("x")
+    question = "Rate this picture. " * 400
+    args = {
+        "weights": "weights.pt", "token_file": "token", "cache": "./judge-cache", "head": "here.pt",
+        "networks": {"clip": {"weights": "clip.pt"}}, "more": ["weights.pt", 3, None],
+        "detector": "scenes", "model": "owner/repository", "question": question, "home": "~/w.pt",
+    }  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    loaded = load_recipe("mine/recipe.yaml")
+    [function] = loaded.recipe.rewards.functions[:1]
+    rewards = loaded.recipe.rewards.model_copy(
+        update={"functions": (function.model_copy(update={"args": args}),)}
+    )
+    recipe = loaded.recipe.model_copy(update={"rewards": rewards})
+    [got] = located(recipe, loaded.files).rewards.functions
+    assert got.args == {
+        "weights": f"{folder}/weights.pt", "token_file": f"{folder}/token",
+        "cache": f"{folder}/judge-cache", "head": f"{tmp_path}/here.pt",
+        "networks": {"clip": {"weights": f"{folder}/clip.pt"}},
+        "more": [f"{folder}/weights.pt", 3, None],
+        "detector": "scenes", "model": "owner/repository", "question": question,
+        "home": str(Path.home() / "w.pt"),
+    }  # fmt: skip
+
+
 def test_names_are_not_paths():
     loaded = load_recipe("geneval-scenes")
     assert located(loaded.recipe, loaded.files) == loaded.recipe

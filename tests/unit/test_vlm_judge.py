@@ -86,9 +86,13 @@ def picture(red):
 
 
 def judged(server, count=1, **options):
+    return asyncio.run(asking(server, count, **options))
+
+
+def asking(server, count=1, **options):
     function = load_reward("vlm_judge", base_url=server.url, model="judge-7b", **options)
     images = [picture(i) for i in range(count)]
-    return asyncio.run(function(images, [f"prompt {i}" for i in range(count)]))
+    return function(images, [f"prompt {i}" for i in range(count)])
 
 
 def test_the_score_is_the_answer_over_the_maximum(server):
@@ -155,12 +159,14 @@ def test_one_failure_spoils_no_other_picture(server):
 
 def test_answers_are_cached(server, tmp_path):
     options = {"cache": str(tmp_path / "cache"), "usd_per_million": [2.0, 8.0]}
-    first = judged(server, 3, **options)
-    assert len(server.requests) == 3
+
+    async def twice():
+        return await asking(server, 3, **options), await asking(server, 4, **options)
+
+    first, second = asyncio.run(twice())
+    assert len(server.requests) == 4
     # 3 requests of 1000 and 50 tokens at 2 and 8 USD a million
     assert first[0].details["cost"]["usd"] == pytest.approx(3 * (0.002 + 0.0004))
-    second = judged(server, 4, **options)
-    assert len(server.requests) == 4
     assert [s.value for s in second] == [pytest.approx(0.7)] * 4
     cost = second[0].details["cost"]
     assert (cost["requests"], cost["from_cache"], cost["input_tokens"]) == (4, 3, 4000)
@@ -182,6 +188,34 @@ def test_requests_are_under_way_together_but_not_too_many(server):
     judged(server, 12, concurrency=4)
     assert 2 <= server.most_under_way <= 4
     assert time.perf_counter() - start < 12 * 0.05 + 5
+
+
+def runner_of(server, **options):
+    args = {"base_url": server.url, "model": "m", "retries": 0} | options
+    return RewardRunner([RewardSpec("vlm_judge", args=args)], batch_size=2)
+
+
+def test_all_calls_of_a_run_share_the_limit_of_requests_under_way(server):
+    server.pause = 0.05
+    with runner_of(server, concurrency=3) as runner:
+        runner.score([picture(i) for i in range(12)], ["p"] * 12)  # six calls at once
+    assert server.most_under_way == 3
+
+
+def test_a_budget_is_for_a_run_and_not_for_a_call_or_a_process(server):
+    # A request costs 0.001 USD.
+    options = {"concurrency": 1, "usd_per_million": [1.0, 0.0], "budget_usd": 0.0045}
+    for _ in range(2):
+        server.requests.clear()
+        with runner_of(server, **options) as runner:
+            scored = [runner.score([picture(i)] * 3, ["p"] * 3) for i in range(4)]
+        assert len(server.requests) == 5
+        assert sum(one.total is not None for batch in scored for one in batch) == 5
+
+
+def test_a_limit_of_no_request_is_refused(server):
+    with pytest.raises(RewardError, match="concurrency is 0"):
+        judged(server, concurrency=0)
 
 
 def test_the_key_comes_from_the_named_variable(server, monkeypatch):

@@ -1,0 +1,173 @@
+"""Rewards that hang, wait or block: what they cost, and that they cost no other reward's score."""
+
+import asyncio
+import threading
+import time
+
+import pytest
+from PIL import Image
+
+from rewards import reward
+from rewards.runner import RewardRunner, RewardSpec
+
+
+def grey(level):
+    return Image.new("RGB", (8, 8), (level, level, level))
+
+
+def level(image):
+    return image.getpixel((0, 0))[0]
+
+
+PICTURES = [grey(i) for i in range(6)]
+PROMPTS = [f"prompt {i}" for i in range(6)]
+
+
+@reward(name="t_steady")
+def t_steady(images):
+    return [float(level(image)) for image in images]
+
+
+def run(*specs, images=PICTURES, batch_size=32):
+    with RewardRunner(specs, batch_size) as runner:
+        return runner.score(images, [""] * len(images))
+
+
+def parts(scored, name):
+    return [s.parts[name] for s in scored]
+
+
+@pytest.fixture
+def release():
+    """Lets hanging rewards end when the test does."""
+    event = threading.Event()
+    yield event
+    event.set()
+
+
+def test_a_picture_that_hangs_costs_only_its_own_score(release):
+    @reward(name="t_hangs")
+    def hangs(images):
+        if any(level(x) == 2 for x in images):
+            release.wait(30)
+        return [0.5] * len(images)
+
+    start = time.perf_counter()
+    scored = run(RewardSpec("t_hangs", timeout_s=0.3), RewardSpec("t_steady"))
+    assert time.perf_counter() - start < 5
+    assert parts(scored, "t_hangs") == [0.5, 0.5, None, 0.5, 0.5, 0.5]
+    assert "0.3 s" in scored[2].reasons["t_hangs"]
+    assert parts(scored, "t_steady") == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_reward_that_always_hangs_is_given_up_and_taken_back_when_its_calls_return(release):
+    calls = []
+
+    @reward(name="t_stuck")
+    def stuck(images):
+        calls.append(len(images))
+        release.wait(30)
+        return [0.5] * len(images)
+
+    with RewardRunner([RewardSpec("t_stuck", timeout_s=0.2)]) as runner:
+        start = time.perf_counter()
+        assert parts(runner.score(PICTURES, PROMPTS), "t_stuck") == [None] * 6
+        assert len(calls) == 3
+        again = runner.score(PICTURES, PROMPTS)
+        assert time.perf_counter() - start < 5
+        assert len(calls) == 3
+        assert "not come back" in again[0].reasons["t_stuck"]
+        release.set()
+        time.sleep(0.3)
+        assert parts(runner.score(PICTURES, PROMPTS), "t_stuck") == [0.5] * 6
+
+
+def test_async_calls_on_a_blocked_thread_share_one_time_limit(release):
+    """Each once waited for its own: with 256 pictures and a limit of 60 s that was hours."""
+
+    @reward(name="t_blocked")
+    async def blocked(images):
+        await asyncio.sleep(0.05)  # all calls have begun
+        release.wait(30)
+        return [0.5] * len(images)
+
+    start = time.perf_counter()
+    images = [grey(0)] * 40
+    scored = run(RewardSpec("t_blocked", timeout_s=0.3), images=images)
+    # Two limits for the batches, as much for each of three threads that single pictures block.
+    assert time.perf_counter() - start < 8 * 0.3 + 1.5
+    assert parts(scored, "t_blocked") == [None] * 40
+
+
+def test_async_rewards_run_together_and_a_hanging_one_is_cancelled():
+    cancelled = []
+
+    @reward(name="t_async")
+    async def waits(images):
+        await asyncio.sleep(0.4)
+        return [0.5] * len(images)
+
+    @reward(name="t_never")
+    async def never(images):
+        if not any(level(x) == 1 for x in images):
+            return [0.5] * len(images)
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            cancelled.append(True)
+            raise
+
+    start = time.perf_counter()
+    scored = run(
+        RewardSpec("t_async", timeout_s=5), RewardSpec("t_never", timeout_s=0.3), batch_size=1
+    )
+    assert time.perf_counter() - start < 2  # six calls of 0.4 s, side by side
+    assert parts(scored, "t_async") == [0.5] * 6
+    assert parts(scored, "t_never") == [0.5, None] + [0.5] * 4
+    assert cancelled == [True]
+
+
+def test_an_async_reward_that_blocks_its_thread_is_left_behind(release):
+    @reward(name="t_blocks")
+    async def blocks(images):
+        release.wait(30)
+        return [0.5] * len(images)
+
+    start = time.perf_counter()
+    scored = run(RewardSpec("t_blocks", timeout_s=0.2), RewardSpec("t_steady"), images=PICTURES[:2])
+    assert time.perf_counter() - start < 5
+    assert parts(scored, "t_blocks") == [None, None]
+    assert parts(scored, "t_steady") == [0, 1]
+
+
+def test_an_async_reward_keeps_its_event_loop_from_call_to_call():
+    loops = []
+
+    @reward(name="t_loop")
+    async def same_loop(images):
+        loops.append(asyncio.get_running_loop())
+        return [0.5] * len(images)
+
+    with RewardRunner([RewardSpec("t_loop")]) as runner:
+        for _ in range(3):
+            runner.score(PICTURES, PROMPTS)
+    assert len(loops) == 3
+    assert loops[0] is loops[1] is loops[2]
+
+
+def test_a_timeout_error_of_the_rewards_own_keeps_its_message():
+    @reward(name="t_server")
+    async def server(images):
+        raise TimeoutError("judge.example did not answer")
+
+    reason = run(RewardSpec("t_server"))[0].reasons["t_server"]
+    assert "judge.example" in reason
+
+
+def test_closing_leaves_no_thread():
+    before = threading.active_count()
+    run(RewardSpec("t_steady"))
+    deadline = time.monotonic() + 5
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() == before
