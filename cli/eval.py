@@ -124,7 +124,7 @@ def summary(results: dict[str, Any]) -> list[str]:
         interval = (
             f"[{estimate['low']:.3f}, {estimate['high']:.3f}]"
             if estimate["low"] is not None
-            else "no interval: fewer than two independent prompts"
+            else "no interval: too few independent prompts"
         )
         lines.append(f"  {task:<{width}}  {estimate['mean']:.3f}  {interval}")
     if unscored := results["unscored"][headline]:

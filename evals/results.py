@@ -50,6 +50,10 @@ class ResultFolder:
         """The suite's name."""
         return str(self.results["suite"]["name"])
 
+    def records(self) -> dict[str, dict[str, Any]]:
+        """Read the prompt records that were evaluated, by prompt id."""
+        return {record["prompt_id"]: record for record in read_journal(self.path / PROMPTS)}
+
     @property
     def metrics(self) -> dict[str, Metric]:
         """The suite's metrics, headline first."""
@@ -171,6 +175,18 @@ def diversity_by_prompt(samples: Sequence[Sample]) -> dict[str, float]:
         pictures.setdefault(sample["prompt_id"], []).append(sample["details"])
     found = {prompt: prompt_diversity(details) for prompt, details in pictures.items()}
     return {prompt: value for prompt, value in found.items() if value is not None}
+
+
+def differences_of(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """Return a phrase for each key whose values differ; of dictionaries, for each key inside."""
+    found = []
+    for key in sorted({*before, *after}):
+        old, new = before.get(key), after.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            found += differences_of(old, new)
+        elif old != new:
+            found.append(f"{key} is {old!r} there and {new!r} now")
+    return found
 
 
 def count_unscored(samples: Sequence[Sample], metric: str) -> int:

@@ -33,13 +33,14 @@ from evals.results import (
     SCHEMA,
     SETTINGS,
     Sample,
+    differences_of,
     read_samples,
     summarise,
     webp,
 )
 from evals.suites import Metric, Record, SampleScore, Suite, load_suite, task_of
 
-_NOT_SETTINGS = ("policy_hash", "suite", "suite_version", "prompts")
+_NOT_SETTINGS = ("policy_hash", "suite", "suite_version", "prompts", "suite_settings")
 
 
 class ImagePolicy(Protocol):
@@ -109,7 +110,7 @@ def evaluate(
         "steps": policy.config.steps if steps is None else steps,
         "guidance": policy.config.guidance if guidance is None else guidance,
         **(setup or {}),
-        **suite.settings,
+        "suite_settings": dict(suite.settings),
     }
     if _claim(out, identity):
         _take_over(out, progress)
@@ -151,6 +152,7 @@ def suite_facts(suite: Suite) -> dict[str, Any]:
         "title": suite.title,
         "version": suite.version,
         "not_comparable": suite.not_comparable,
+        "settings": dict(suite.settings),
         "metrics": {key: asdict(metric) for key, metric in suite.metrics.items()},
     }
 
@@ -200,12 +202,7 @@ def _claim(out: Path, identity: dict[str, Any]) -> bool:
         raise RunError(
             f"{file} is damaged ({error}).\n    Fix: give --out a new folder."
         ) from error
-    differing = [
-        f"{key} is {before.get(key)!r} there and {identity.get(key)!r} now"
-        for key in sorted({*before, *identity})
-        if before.get(key) != identity.get(key)
-    ]
-    if differing:
+    if differing := differences_of(before, identity):
         raise RunError(
             f"{out} holds another evaluation: {'; '.join(differing)}.\n"
             "    Fix: give --out another folder."
