@@ -17,10 +17,13 @@ from common.statistics import mean_interval, paired_difference
 SEEDS, RESAMPLES = 4, 1000
 SIZES = (6, 6, 6, 10, 12, 40, 40)
 CASES = {
-    **{f"{k} prompts, rate {rate}": ((k,), (rate,)) for k in (5, 6, 8, 10, 40) for rate in (0.5, 0.8, 0.95)},
+    f"{prompts} prompts, rate {rate}": ((prompts,), (rate,))
+    for prompts in (5, 6, 8, 10, 40)
+    for rate in (0.5, 0.8, 0.95)
+} | {
     "7 tasks, rates 0.3 to 0.95": (SIZES, (0.95, 0.8, 0.6, 0.8, 0.3, 0.4, 0.9)),
     "7 tasks, rate 0.97": (SIZES, (0.97,) * 7),
-}  # fmt: skip
+}
 
 
 def main() -> None:
@@ -44,14 +47,16 @@ def case(
     tasks = [t for t, _ in clusters]
     totals = np.zeros(5)
     for run in range(runs):
-        own = np.concatenate(
-            [rng.beta(strength * m, strength * (1 - m), k) for m, k in zip(rates, sizes, strict=True)]
-        ).repeat(SEEDS)  # fmt: skip
+        parts = zip(rates, sizes, strict=True)
+        drawn = [rng.beta(strength * m, strength * (1 - m), size) for m, size in parts]
+        own = np.concatenate(drawn).repeat(SEEDS)
         before, after = (rng.random((2, own.size)) < own).astype(float)
         score = mean_interval(before, clusters, tasks, resamples=RESAMPLES, seed=run)
         found = paired_difference(before, after, clusters, tasks, resamples=RESAMPLES, seed=run)
-        assert score.low is not None and score.high is not None
-        assert found.low is not None and found.high is not None
+        assert score.low is not None
+        assert score.high is not None
+        assert found.low is not None
+        assert found.high is not None
         totals += [
             score.low <= np.mean(rates) <= score.high,
             score.high - score.low,

@@ -67,7 +67,8 @@ def register(app: typer.Typer) -> None:
             if device == "auto":
                 device = "cuda" if torch.cuda.is_available() else "cpu"
             model = Policy.from_pretrained(folder, getattr(torch, dtype), device)
-            with sampled_by(engine, model, folder) as painter:
+            prompts = [str(record["prompt"]) for record in chosen.limited(limit).records]
+            with sampled_by(engine, model, folder, prompts) as painter:
                 progress.finish("load")
                 results = evaluate(
                     painter,
