@@ -63,7 +63,7 @@ def table(comparison: dict[str, Any]) -> list[str]:
     a, b = comparison["before"], comparison["after"]
     lines = [
         f"{b['name']} against {a['name']}: {comparison['suite']}, {comparison['metric']}, "
-        f"{comparison['prompts']} prompts x {comparison['pairs'] / comparison['prompts']:g}",
+        f"{comparison['prompts']} prompts, {comparison['pairs']} pairs",
         "",
     ]
     entries = {"overall": comparison["overall"], **comparison["tasks"], **comparison["others"]}
@@ -75,8 +75,13 @@ def table(comparison: dict[str, Any]) -> list[str]:
     for name, entry in entries.items():
         if name in comparison["others"] and name == next(iter(comparison["others"])):
             lines.append("")
-        lines.append(f"{name:<{width}}{_numbers(entry)}  {entry['verdict']}")
-    lines += ["", comparison["overall"]["verdict_text"]]
+        if entry is None:
+            lines.append(f"{name:<{width}}  not scored")
+        else:
+            lines.append(f"{name:<{width}}{_numbers(entry)}  {entry['verdict']}")
+    lines += ["", *comparison["not_scored"].values()]
+    if comparison["overall"] is not None:
+        lines.append(comparison["overall"]["verdict_text"])
     lines.append("finds: the true difference that these prompts tell from 0 four times in five")
     if differing := comparison["settings_that_differ"]:
         told = ", ".join(f"{key} {old} -> {new}" for key, (old, new) in differing.items())

@@ -67,7 +67,8 @@ def register(app: typer.Typer) -> None:
             if device == "auto":
                 device = "cuda" if torch.cuda.is_available() else "cpu"
             model = Policy.from_pretrained(folder, getattr(torch, dtype), device)
-            with sampled_by(engine, model, folder) as painter:
+            prompts = [str(record["prompt"]) for record in chosen.limited(limit).records]
+            with sampled_by(engine, model, folder, prompts) as painter:
                 progress.finish("load")
                 results = evaluate(
                     painter,
@@ -124,7 +125,7 @@ def summary(results: dict[str, Any]) -> list[str]:
         interval = (
             f"[{estimate['low']:.3f}, {estimate['high']:.3f}]"
             if estimate["low"] is not None
-            else "no interval: fewer than two independent prompts"
+            else "no interval: too few independent prompts"
         )
         lines.append(f"  {task:<{width}}  {estimate['mean']:.3f}  {interval}")
     if unscored := results["unscored"][headline]:

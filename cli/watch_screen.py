@@ -16,7 +16,9 @@ from evals.stage_chart import step_seconds
 if TYPE_CHECKING:
     from evals.run_state import RunState
 
-_NOT_SHOWN = ("step", "reward", "lr", "missing_rewards", "importance_ratio_mean")
+_NOT_SHOWN = (
+    "step", "reward", "lr", "missing_rewards", "importance_ratio_mean", "standard_error"
+)  # fmt: skip
 _FIRST = ("strict", "extra_objects", "reward_std", "kl", "entropy", "clip_fraction", "grad_norm")
 """Numbers of a step that are shown before any others."""
 _MOST_SAMPLES = 3

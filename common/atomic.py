@@ -33,7 +33,7 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _sync_folder(target.parent)
+    sync_folder(target.parent)
 
 
 @contextmanager
@@ -73,7 +73,7 @@ def atomic_dir(path: str | os.PathLike[str], *, replace: bool = False) -> Iterat
         if old.exists() and not target.exists():
             os.replace(old, target)
         raise
-    _sync_folder(target.parent)
+    sync_folder(target.parent)
     if old.exists():
         shutil.rmtree(old)
 
@@ -104,10 +104,11 @@ def _sync_tree(folder: Path) -> None:
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
-        _sync_folder(Path(root))
+        sync_folder(Path(root))
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's list of names: without it a rename may be lost with the power."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

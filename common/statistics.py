@@ -5,8 +5,7 @@ cluster); prompts that ask for the same fact may share one. Where a score is a m
 clusters are resampled within each task (the stratum); a cluster's name counts within its stratum.
 Everything is seeded and vectorised: the same samples give the same interval.
 
-Sources: Efron and Tibshirani, An Introduction to the Bootstrap (1993); Hesterberg, What Teachers
-Should Know About the Bootstrap (2015), section 4 (the expanded percentile interval); Holm (1979).
+Intervals: `common.bootstrap`. Source: Holm, Scandinavian Journal of Statistics 6 (1979).
 """
 
 from bisect import bisect_left
@@ -14,22 +13,33 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from scipy import stats
 
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
+from common.bootstrap import (
+    CHUNK_ELEMENTS,
+    Floats,
+    Stratum,
+    Unseen,
+    bootstrap_interval,
+    strata_of,
+    value_range,
+)
 
 RESAMPLES = 10_000
-CHUNK_ELEMENTS = 2_000_000  # bounds the memory of one block of resamples to about 32 MB
+UNSEEN_SCORES = 0.25
+"""Clusters' worth of weight for scores in [0, 1] that no cluster of a task showed. By simulation:
+without it, intervals of rates near 1 cover the truth in 0.91 of cases. A mean over tasks and a
+difference of two policies lie evenly enough about their mean to need none."""
 
 
 @dataclass(frozen=True)
 class Estimate:
     """A mean with its interval.
 
-    `low`, `high` and `standard_error` are None where a stratum has fewer than two clusters: no
-    spread between them can be seen then. `samples` counts values.
+    `low`, `high` and `standard_error` are None with fewer than `MIN_CLUSTERS` clusters, where a
+    stratum has a single one, and where all values agree and nothing bounds them: no spread can be
+    seen then. `samples` counts values.
     """
 
     mean: float
@@ -52,40 +62,6 @@ class Difference(Estimate):
     minimum_detectable: float | None
 
 
-@dataclass(frozen=True)
-class _Stratum:
-    """Sums [K] and counts [K] of the values of each of the K clusters of one stratum."""
-
-    sums: Floats
-    counts: Ints
-
-    @property
-    def size(self) -> int:
-        return len(self.sums)
-
-    @property
-    def mean(self) -> float:
-        return float(self.sums.sum() / self.counts.sum())
-
-    @property
-    def variance_of_mean(self) -> float:
-        """Cluster-robust variance of the ratio mean, with the K / (K - 1) correction."""
-        residuals = self.sums - self.mean * self.counts
-        correction = self.size / (self.size - 1)
-        return float(correction * np.square(residuals).sum() / self.counts.sum() ** 2)
-
-    def resampled_means(self, generator: np.random.Generator, resamples: int) -> Floats:
-        """Means [resamples] of K clusters drawn with replacement."""
-        means = np.empty(resamples)
-        block = max(1, CHUNK_ELEMENTS // self.size)
-        for start in range(0, resamples, block):
-            rows = min(block, resamples - start)
-            drawn = generator.integers(self.size, size=(rows, self.size))
-            counts = self.counts[drawn].sum(axis=1)
-            means[start : start + rows] = self.sums[drawn].sum(axis=1) / counts
-        return means
-
-
 def mean_interval(
     values: ArrayLike,
     clusters: Sequence[Hashable],
@@ -99,23 +75,20 @@ def mean_interval(
 
     `clusters` [n] names the prompt of each value. With `strata` [n] (the task of each value) the
     mean is the unweighted mean of the stratum means, and clusters are resampled within a stratum.
-    The interval is the percentile interval widened to the t quantile (Hesterberg's expansion),
-    which keeps its coverage at 20 prompts. Rates that are 0 or 1 throughout get the exact binomial
-    (Clopper-Pearson) bound with the prompts as trials, because resampling equal values shows no
-    spread at all. Raises ValueError for no values, non-finite values or unequal lengths.
+    Values that all agree in a single stratum get the exact bound with the clusters as trials.
+    Raises ValueError for no values, non-finite values or unequal lengths.
     """
     array = _finite(values)
-    groups = _strata(array, clusters, strata)
+    groups = strata_of(array, clusters, strata)
     mean = float(np.mean([group.mean for group in groups]))
     total = sum(group.size for group in groups)
-    if min(group.size for group in groups) < 2:
+    span = value_range(array)
+    weight = UNSEEN_SCORES if len(groups) == 1 and span == (0.0, 1.0) else 0.0
+    unseen = None if span is None else Unseen(*span, weight)
+    found = bootstrap_interval(groups, unseen, confidence, resamples, seed)
+    if found is None:
         return Estimate(mean, None, None, None, total, array.size)
-    error = _standard_error(groups)
-    if np.ptp(array) == 0 and array[0] in (0.0, 1.0):
-        low, high = _exact_bounds(int(array[0]), total, confidence)
-        return Estimate(mean, low, high, error, total, array.size)
-    low, high = _bootstrap_bounds(groups, confidence, resamples, seed)
-    return Estimate(mean, low, high, error, total, array.size)
+    return Estimate(mean, found.low, found.high, found.error, total, array.size)
 
 
 def paired_difference(
@@ -131,33 +104,32 @@ def paired_difference(
     """Return the mean of after - before, both [n] on the same prompts and seeds.
 
     The pairing is kept in every resample: a prompt carries all its pairs with it. `clusters` and
-    `strata` as in `mean_interval`. If all clusters differ by the same, resampling shows no spread:
-    the interval then allows for the share of other clusters that as many equal ones leave open
-    (Clopper-Pearson), each as far off as values of the range seen, or of [0, 1], can be.
+    `strata` as in `mean_interval`. Differences that all agree in a single stratum get the exact
+    bound; others can be as far off as values of the range seen, or of [0, 1], can be.
     """
     first, second = _finite(before), _finite(after)
     if first.shape != second.shape:
         raise ValueError(f"{first.size} values before, {second.size} after: pairs are needed")
     change = second - first
-    groups = _strata(change, clusters, strata)
+    groups = strata_of(change, clusters, strata)
     mean = float(np.mean([group.mean for group in groups]))
     total = sum(group.size for group in groups)
     p_value = _sign_flip_p_value(groups, resamples, seed)
-    if min(group.size for group in groups) < 2:
+    span = value_range(np.concatenate([first, second]))
+    unseen = None if span is None else Unseen(span[0] - span[1], span[1] - span[0], 0.0)
+    found = bootstrap_interval(groups, unseen, confidence, resamples, seed)
+    if found is None:
         return Difference(mean, None, None, None, total, change.size, p_value, None)
-    error = _standard_error(groups)
-    if error < 1e-12:
-        values = np.concatenate([first, second])
-        span = 1.0 if values.min() >= 0 and values.max() <= 1 else float(np.ptp(values))
-        reach = 2 * span * _exact_bounds(0, total, confidence)[1]
-        return Difference(mean, mean - reach, mean + reach, 0.0, total, change.size, p_value, reach)
-    low, high = _bootstrap_bounds(groups, confidence, resamples, seed)
-    detectable = minimum_detectable_effect(error, total - len(groups), alpha=1 - confidence)
-    return Difference(mean, low, high, error, total, change.size, p_value, detectable)
+    detectable = minimum_detectable_effect(found.spread, found.freedom, alpha=1 - confidence)
+    if len(groups) == 1 and groups[0].agrees:
+        detectable = max(mean - found.low, found.high - mean)
+    return Difference(
+        mean, found.low, found.high, found.error, total, change.size, p_value, detectable
+    )
 
 
 def minimum_detectable_effect(
-    standard_error: float, degrees_of_freedom: int, *, power: float = 0.8, alpha: float = 0.05
+    standard_error: float, degrees_of_freedom: float, *, power: float = 0.8, alpha: float = 0.05
 ) -> float:
     """Return the true difference that a two-sided test at `alpha` finds with probability `power`.
 
@@ -214,7 +186,7 @@ def variance_components(change: ArrayLike, clusters: Sequence[Hashable]) -> Comp
     be negative. Raises ValueError without two clusters, or without a cluster of two pairs.
     """
     values = _finite(change)
-    [group] = _strata(values, clusters, None)
+    [group] = strata_of(values, clusters, None)
     pairs, size = values.size, group.size
     if size < 2 or pairs == size:
         raise ValueError(
@@ -247,51 +219,7 @@ def _finite(values: ArrayLike) -> Floats:
     return array
 
 
-def _strata(
-    values: Floats, clusters: Sequence[Hashable], strata: Sequence[Hashable] | None
-) -> list[_Stratum]:
-    labels = [None] * values.size if strata is None else list(strata)
-    if len(clusters) != values.size or len(labels) != values.size:
-        raise ValueError(
-            f"{values.size} values, {len(clusters)} cluster names, {len(labels)} stratum names"
-        )
-    members: dict[Hashable, list[int]] = {}
-    for index, label in enumerate(labels):
-        members.setdefault(label, []).append(index)
-    return [_stratum(values[rows], [clusters[i] for i in rows]) for rows in members.values()]
-
-
-def _stratum(values: Floats, clusters: Sequence[Hashable]) -> _Stratum:
-    numbers: dict[Hashable, int] = {}
-    codes = np.array([numbers.setdefault(name, len(numbers)) for name in clusters])
-    sums = np.bincount(codes, weights=values).astype(np.float64)
-    return _Stratum(sums, np.bincount(codes))
-
-
-def _standard_error(groups: Sequence[_Stratum]) -> float:
-    return float(np.sqrt(sum(group.variance_of_mean for group in groups)) / len(groups))
-
-
-def _bootstrap_bounds(
-    groups: Sequence[_Stratum], confidence: float, resamples: int, seed: int
-) -> tuple[float, float]:
-    generator = np.random.default_rng(seed)
-    means = np.mean([group.resampled_means(generator, resamples) for group in groups], axis=0)
-    clusters = sum(group.size for group in groups)
-    freedom = clusters - len(groups)
-    # The plain percentile interval is too narrow by sqrt(K / (K - 1)) and by t against normal.
-    expanded = np.sqrt(clusters / freedom) * stats.t.ppf((1 - confidence) / 2, freedom)
-    tail = float(stats.norm.cdf(expanded))
-    low, high = np.quantile(means, [tail, 1 - tail])
-    return float(low), float(high)
-
-
-def _exact_bounds(value: int, trials: int, confidence: float) -> tuple[float, float]:
-    edge = ((1 - confidence) / 2) ** (1 / trials)
-    return (edge, 1.0) if value else (0.0, 1 - edge)
-
-
-def _sign_flip_p_value(groups: Sequence[_Stratum], flips: int, seed: int) -> float:
+def _sign_flip_p_value(groups: Sequence[Stratum], flips: int, seed: int) -> float:
     """Two-sided p-value under "which policy is which" being arbitrary for each prompt.
 
     All sign patterns are counted where there are no more of them than `flips`; otherwise `flips`

@@ -5,6 +5,7 @@ each stands beside it.
 """
 
 from collections.abc import Mapping, Sequence
+from math import hypot
 from statistics import fmean, median
 from typing import Any
 
@@ -25,9 +26,12 @@ COLLAPSED = 0.25
 """Share of the first steps' entropy."""
 SPRAYED = 0.2
 """More objects per picture that nobody asked for than in the first steps."""
-LOST = 0.15
-"""Fall of the held-out score below its best while the reward rises. Two points of a curve over 60
-prompts differ with a standard error of about 0.06, and the best of many is partly luck."""
+FALL_ERRORS = 2.5
+"""Fall of the held-out score below its best while the reward rises, in standard errors of the
+difference of two points. More than the usual 2, because the best of many points is partly luck."""
+POINT_ERROR = 0.042
+"""Standard error of a point where the run wrote none: about that of 60 prompts, less what two
+points over the same prompts share."""
 
 
 def alarms(
@@ -47,14 +51,15 @@ def alarms(
         "gradient": _spike(steps),
         "entropy": _collapsed(steps),
         "extra objects": _sprayed(steps),
-        "reward hacking": _parted(steps, held_out),
+        "reward hacking": parted(steps, held_out),
     }
     return {kind: text for kind, text in found.items() if text is not None}
 
 
 def headline(row: Row) -> str | None:
     """Return the name of the held-out score that decides: the first one of an evaluation row."""
-    return next((key for key in row if key not in ("event", "step", "per_task")), None)
+    beside = ("event", "step", "per_task", "standard_error")
+    return next((key for key in row if key not in beside), None)
 
 
 def _unscored(newest: Row) -> str | None:
@@ -112,22 +117,23 @@ def _sprayed(steps: Sequence[Row]) -> str | None:
     return f"objects nobody asked for went from {first:.2f} to {newest:.2f} a picture"
 
 
-def _parted(steps: Sequence[Row], held_out: Sequence[Row]) -> str | None:
+def parted(steps: Sequence[Row], held_out: Sequence[Row]) -> str | None:
+    """Return a sentence if the reward rose while the held-out score fell by more than chance."""
     name = headline(held_out[-1]) if held_out else None
-    curve = [(row["step"], row[name]) for row in held_out if name and row.get(name) is not None]
-    if len(curve) < 2:
+    curve = [row for row in held_out if name and row.get(name) is not None]
+    if name is None or len(curve) < 2:
         return None
-    at, best = max(curve, key=lambda point: point[1])
-    now = curve[-1][1]
-    before = _values([row for row in steps if row["step"] <= max(at, WINDOW)], "reward")
+    best, now = max(curve, key=lambda row: float(row[name])), curve[-1]
+    errors = [row.get("standard_error") or POINT_ERROR for row in (best, now)]
+    before = _values([row for row in steps if row["step"] <= max(best["step"], WINDOW)], "reward")
     rewards = _newest(steps, "reward")
-    if best - now < LOST or not before or not rewards:
+    if best[name] - now[name] < FALL_ERRORS * hypot(*errors) or not before or not rewards:
         return None
     if fmean(rewards) <= fmean(before[-WINDOW:]):
         return None
     return (
-        f"the reward rises and held-out {name} fell from {best:.3f} (step {at}) to {now:.3f}: "
-        "look for what the reward pays that the held-out score does not"
+        f"the reward rises and held-out {name} fell from {best[name]:.3f} (step {best['step']}) to "
+        f"{now[name]:.3f}: look for what the reward pays that the held-out score does not"
     )
 
 

@@ -12,6 +12,8 @@ from evals.results import (
     ResultFolder,
     Sample,
     cluster_of,
+    count_unscored,
+    differences_of,
     diversity_by_prompt,
     estimate_dict,
     load_results,
@@ -71,25 +73,23 @@ def compare(before: ResultFolder | Path | str, after: ResultFolder | Path | str)
     Pictures are paired by prompt and sample index; pairs with an unscored side are left out and
     counted. What is resampled is the cluster that the suite gives a prompt, or the prompt.
     `overall` averages over tasks (GenEval's convention); the tasks' `p_adjusted` are Holm's over
-    the tasks, the overall one is the raw p-value. Raises RunError if the two are not of the same
-    suite and version, share no prompt, or used different seeds.
+    the tasks, the overall one is the raw p-value. A task of either side without a pair that was
+    scored on both is None, with the reason under `not_scored`, and then so is `overall`: a mean
+    over the tasks that are left would be another quantity. Raises RunError if the two are not of
+    the same suite, version and judge, share no prompt, ask for different things under one prompt
+    id, or used different seeds.
     """
     a = before if isinstance(before, ResultFolder) else load_results(before)
     b = after if isinstance(after, ResultFolder) else load_results(after)
     pairs = _pairs(a, b)
     headline, *others = b.metrics
-    better = b.metrics[headline].better
     values = _values(pairs, headline)
-    if not values.prompts:
-        raise RunError(
-            f"no picture of {a.path} and {b.path} was scored in both.\n"
-            "    Fix: read the reasons in samples.jsonl."
-        )
-    of_task = {task: values.of_task(task) for task in dict.fromkeys(values.tasks)}
-    differences = [paired.difference() for paired in of_task.values()]
-    adjusted = holm([difference.p_value for difference in differences])
+    tasks = list(dict.fromkeys(sample["task"] for sample in [*a.samples, *b.samples]))
+    of_task = {task: values.of_task(task) for task in tasks if task in values.tasks}
+    differences = {task: paired.difference() for task, paired in of_task.items()}
+    adjusted = dict(zip(of_task, holm([d.p_value for d in differences.values()]), strict=True))
+    better = b.metrics[headline].better
     first, second = a.results["settings"], b.results["settings"]
-    other_values = {name: _values(pairs, name) for name in others}
     diversity = _diversity(a, b, pairs)
     return {
         "schema": SCHEMA,
@@ -107,17 +107,18 @@ def compare(before: ResultFolder | Path | str, after: ResultFolder | Path | str)
             for key in first | second
             if first.get(key) != second.get(key)
         },
-        "overall": _entry(values, better, values.difference()),
+        "not_scored": {
+            task: _why_not_scored(task, headline, a, b) for task in tasks if task not in of_task
+        },
+        "overall": _overall(values, tasks, better),
         "tasks": {
-            task: _entry(paired, better, difference, p_value)
-            for (task, paired), difference, p_value in zip(
-                of_task.items(), differences, adjusted, strict=True
-            )
+            task: _entry(of_task[task], better, differences[task], adjusted[task])
+            if task in of_task
+            else None
+            for task in tasks
         },
         "others": {
-            name: _entry(paired, b.metrics[name].better, paired.difference())
-            for name, paired in other_values.items()
-            if paired.prompts
+            name: _overall(_values(pairs, name), tasks, b.metrics[name].better) for name in others
         },
         "layout_diversity": _entry(diversity, DIVERSITY.better, diversity.difference())
         if diversity.prompts
@@ -133,11 +134,11 @@ def paired_values(before: ResultFolder, after: ResultFolder) -> Paired:
 def compare_all(baseline: ResultFolder, candidates: Sequence[ResultFolder]) -> list[dict[str, Any]]:
     """Compare each candidate with the baseline; the overall p-values are Holm's over candidates."""
     comparisons = [compare(baseline, candidate) for candidate in candidates]
-    adjusted = holm([comparison["overall"]["p_value"] for comparison in comparisons])
-    for comparison, candidate, p_value in zip(comparisons, candidates, adjusted, strict=True):
-        entry = comparison["overall"]
+    entries = [c["overall"] for c in comparisons if c["overall"] is not None]
+    better = baseline.metrics[next(iter(baseline.metrics))].better
+    adjusted = holm([entry["p_value"] for entry in entries])
+    for entry, p_value in zip(entries, adjusted, strict=True):
         difference = Difference(**{field.name: entry[field.name] for field in fields(Difference)})
-        better = candidate.metrics[comparison["metric"]].better
         entry["p_adjusted"] = round(p_value, 6)
         entry["verdict"], entry["verdict_text"] = verdict(difference, p_value, better)
     return comparisons
@@ -154,7 +155,7 @@ def verdict(
     """
     detectable = difference.minimum_detectable
     if difference.low is None or difference.high is None or detectable is None:
-        return "not shown", "Fewer than two prompts in a task: no difference can be shown."
+        return "not shown", "Too few independent prompts for an interval: nothing can be shown."
     could = f"A true difference of {detectable:.3f} would be told from 0 four times in five."
     if difference.low <= 0 <= difference.high:
         return "not shown", f"No difference shown: the interval includes 0. {could}"
@@ -174,6 +175,12 @@ def _pairs(a: ResultFolder, b: ResultFolder) -> list[tuple[Sample, Sample]]:
                 f"{b.results['suite'][fact]!r}: only one suite can be compared.\n"
                 "    Fix: evaluate both on it."
             )
+    judges = [result.results["suite"].get("settings", {}) for result in (a, b)]
+    if differing := differences_of(*judges):
+        raise RunError(
+            f"{a.path} and {b.path} were judged differently: {'; '.join(differing)}.\n"
+            "    Fix: evaluate both with the same suite options and the same reward code."
+        )
     first = {(s["prompt_id"], s["index"]): s for s in a.samples}
     pairs = [
         (first[key], sample)
@@ -184,7 +191,14 @@ def _pairs(a: ResultFolder, b: ResultFolder) -> list[tuple[Sample, Sample]]:
         raise RunError(
             f"{a.path} and {b.path} share no prompt.\n    Fix: evaluate both with the same --limit."
         )
+    asked, asks = a.records(), b.records()
     for left, right in pairs:
+        if asked[left["prompt_id"]] != asks[left["prompt_id"]]:
+            raise RunError(
+                f"{a.path} and {b.path} have different prompts under the id "
+                f"{left['prompt_id']!r}: {left['prompt']!r} and {right['prompt']!r} (or their "
+                "metadata differ).\n    Fix: evaluate both with the same prompt file."
+            )
         # A seed that is not known (an imported evaluation) says nothing against pairing prompts.
         if None not in (left["seed"], right["seed"]) and left["seed"] != right["seed"]:
             raise RunError(
@@ -220,6 +234,22 @@ def _diversity(a: ResultFolder, b: ResultFolder, pairs: Sequence[tuple[Sample, S
         [cluster_of(rows[prompt]) for prompt in shared],
         [rows[prompt]["task"] for prompt in shared],
     )
+
+
+def _overall(values: Paired, tasks: Sequence[str], better: str) -> dict[str, Any] | None:
+    """Return the entry of a mean over all tasks; None if one of them has no scored pair."""
+    if set(values.tasks) != set(tasks):
+        return None
+    return _entry(values, better, values.difference())
+
+
+def _why_not_scored(task: str, metric: str, a: ResultFolder, b: ResultFolder) -> str:
+    sides = []
+    for result in (a, b):
+        rows = [sample for sample in result.samples if sample["task"] == task]
+        scored = len(rows) - count_unscored(rows, metric)
+        sides.append(f"{scored} of {len(rows)} pictures scored in {result.path}")
+    return f"{task} has no pair that was scored in both ({', '.join(sides)})"
 
 
 def _entry(

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
+from evals.located import found_in, picture_size
+
 Layout = dict[str, np.ndarray]
 
 
@@ -15,14 +17,13 @@ def layout(details: Mapping[str, Any]) -> Layout | None:
 
     None where the scorer located nothing or does not locate objects.
     """
-    if not details.get("objects"):
+    size, found = picture_size(details), found_in(details)
+    if size is None or not found:
         return None
-    width = float(details["size"][0])
     centres: dict[str, list[tuple[float, float]]] = {}
-    for item in details["objects"]:
-        left, top, right, bottom = item["box"]
-        centres.setdefault(item["label"], []).append(
-            ((left + right) / 2 / width, (top + bottom) / 2 / width)
+    for item, (left, top, right, bottom) in found:
+        centres.setdefault(str(item.get("label")), []).append(
+            ((left + right) / 2 / size[0], (top + bottom) / 2 / size[0])
         )
     return {label: np.array(points) for label, points in centres.items()}
 

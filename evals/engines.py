@@ -1,7 +1,7 @@
 """A policy whose image tokens are drawn by a rollout engine instead of its own sampler."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -11,6 +11,7 @@ from PIL import Image
 from common.seeds import counter_seed
 from policy.policy import Policy, to_images
 from policy.sampling import Sampling
+from rollout.build import EngineSpec
 from rollout.engine import Engine
 
 EngineName = Literal["transformers", "vllm"]
@@ -44,25 +45,28 @@ class EnginePolicy:
 
 
 @contextmanager
-def sampled_by(engine: EngineName, policy: Policy, folder: Path) -> Iterator[Policy | EnginePolicy]:
+def sampled_by(
+    engine: EngineName, policy: Policy, folder: Path, prompts: Sequence[str]
+) -> Iterator[Policy | EnginePolicy]:
     """Yield the policy (read from `folder`) sampled by its own sampler or by vLLM.
 
-    The two draw different tokens from the same seeds, so an evaluation keeps to one.
+    The engine is started for the longest of `prompts`. The two draw different tokens from the same
+    seeds, so an evaluation keeps to one.
     """
     if engine == "transformers":
         yield policy
         return
-    from rollout.vllm_engine import VllmEngine
-
     config = policy.config
-    vllm = VllmEngine(
-        folder / "ar",
+    spec = EngineSpec(
+        engine,
+        str(folder / "ar"),
         config.image_start_id,
         config.num_image_tokens,
         config.num_tokens,
-        dtype=policy.ar.dtype,
+        config.pad_id,
+        str(policy.ar.dtype).removeprefix("torch."),
+        max(map(len, policy.prompt_ids(list(prompts)))),
+        str(policy.ar.device),
     )
-    try:
-        yield EnginePolicy(policy, vllm)
-    finally:
-        vllm.close()
+    with closing(spec.build()) as started:
+        yield EnginePolicy(policy, started)

@@ -78,10 +78,14 @@ def apply_gate(gate: Gate, comparison: Mapping[str, Any]) -> Outcome:
         fix = f"write {close}" if close else f"choose from {', '.join(entries)}"
         raise UsageError(f"`{gate.text}`: there is no `{gate.entry}`.\n    Fix: {fix}.")
     entry = entries[gate.entry]
+    if entry is None:
+        reasons = "; ".join(comparison["not_scored"].values()) or "it could not be measured"
+        reason = f"{gate.suite}.{gate.entry} is not known: {reasons}"
+        return Outcome(gate.text, None, True, reason)
     name = f"{gate.suite}.{gate.entry}.{gate.part}"
-    value = None if entry is None else entry[gate.part]
+    value = entry[gate.part]
     if value is None:
-        return Outcome(gate.text, None, True, f"{name} is not known, so nothing is shown")
+        return Outcome(gate.text, None, True, f"{name} is not known: too few independent prompts")
     failed = _OPERATORS[gate.relation](value, gate.threshold)
     relation = gate.relation if failed else f"not {gate.relation}"
     return Outcome(

@@ -5,8 +5,9 @@ object, DIR/00000/samples/0000.png and so on. Its output has one JSON object a l
 tag, prompt, correct, reason, and metadata and details as JSON texts.
 """
 
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,32 +15,28 @@ from typing import Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from common.atomic import write_text
+from common.atomic import atomic_dir, write_text
 from common.errors import DataError, RunError
 from common.journal import read_journal
 from evals.results import (
     IMAGES,
     PROMPTS,
-    SAMPLES,
     SETTINGS,
     ResultFolder,
     Sample,
+    append_samples,
     read_origin,
     webp,
 )
 from evals.run import file_name, write_results
 from evals.suites import Metric
-from evals.suites.geneval import asked_for
+from evals.suites.geneval import SHA256, asked_for
 
 _ORIGIN = "atelier"
 """Text field of an exported PNG: where the picture comes from, so that it finds its way back."""
-_SUITE = {
-    "name": "geneval",
-    "title": "GenEval",
-    "version": 1,
-    "not_comparable": "judged elsewhere: comparable only if the official script ran as published",
-    "metrics": {"strict": asdict(Metric("GenEval accuracy (strict)"))},
-}
+_JUDGE = "evaluate_images.py"
+_ELSEWHERE = "judged elsewhere: comparable only if the official script ran as published"
+_OTHERS = "these are not the prompts of GenEval"
 
 
 def export_geneval(results: ResultFolder, out: Path) -> int:
@@ -56,18 +53,19 @@ def export_geneval(results: ResultFolder, out: Path) -> int:
         )
     _refuse_used(out)
     numbers = {record["prompt_id"]: f"{number:05d}" for number, record in enumerate(records)}
-    for record in records:
-        folder = out / numbers[record["prompt_id"]]
-        (folder / "samples").mkdir(parents=True)
-        metadata = {**record["metadata"], "prompt": record["prompt"]}
-        write_text(folder / "metadata.jsonl", json.dumps(metadata) + "\n")
-    for sample in results.samples:
-        source = results.path / sample["image"]
-        info = PngInfo()
-        info.add_itxt(_ORIGIN, json.dumps(read_origin(source)))
-        target = out / numbers[sample["prompt_id"]] / "samples" / f"{sample['index']:04d}.png"
-        with Image.open(source) as image:
-            image.save(target, pnginfo=info)
+    with atomic_dir(out, replace=True) as staged:
+        for record in records:
+            folder = staged / numbers[record["prompt_id"]]
+            (folder / "samples").mkdir(parents=True)
+            metadata = {**record["metadata"], "prompt": record["prompt"]}
+            (folder / "metadata.jsonl").write_text(json.dumps(metadata) + "\n", encoding="utf-8")
+        for sample in results.samples:
+            source = results.path / sample["image"]
+            info = PngInfo()
+            info.add_itxt(_ORIGIN, json.dumps(read_origin(source)))
+            samples = staged / numbers[sample["prompt_id"]] / "samples"
+            with Image.open(source) as image:
+                image.save(samples / f"{sample['index']:04d}.png", pnginfo=info)
     return len(results.samples)
 
 
@@ -77,8 +75,9 @@ def import_geneval(
     """Turn the official script's output into a result folder and return its results.json.
 
     `images` is the folder with 00000, 00001, ...; by default pictures are looked for where the file
-    says. Pictures that we exported bring their prompt id, seed and policy hash along; of others the
-    seed and the policy are not known. Raises DataError naming file and line for a row that is not
+    says. Pictures that we exported bring their prompt id, seed, policy hash and suite along; of
+    others the seed and the policy are not known, and the suite is GenEval only if the prompts are
+    the official ones. Raises DataError naming file and line for a row that is not
     the script's, and for a picture that is missing.
     """
     _refuse_used(out)
@@ -89,28 +88,62 @@ def import_geneval(
     if not rows:
         raise DataError(f"{file} has no rows.\n    Fix: give the output of evaluate_images.py.")
     rows.sort(key=lambda row: (row["prompt_id"], row["index"]))  # the script's order is the disk's
-    (out / IMAGES).mkdir(parents=True)
+    with atomic_dir(out, replace=True) as staged:
+        return _write(file, rows, images, staged, name or out.name)
+
+
+def _write(
+    file: Path, rows: Sequence[Mapping[str, Any]], images: Path | None, out: Path, name: str
+) -> dict[str, Any]:
+    (out / IMAGES).mkdir()
     samples: list[Sample] = []
-    hashes = set()
+    origins: list[Mapping[str, Any]] = []
     records: dict[str, dict[str, Any]] = {}
     for row in rows:
-        sample, metadata, policy = _sample(file, row, images, out)
+        sample, origin = _sample(file, row, images, out)
         samples.append(sample)
-        hashes.add(policy)
+        origins.append(origin)
         records[sample["prompt_id"]] = {
             **{key: sample[key] for key in ("prompt", "prompt_id", "cluster")},
-            "metadata": metadata,
+            "metadata": row["metadata"],
         }
     write_text(out / SETTINGS, json.dumps({"imported": str(file)}, indent=2) + "\n")
     write_text(out / PROMPTS, "".join(json.dumps(r) + "\n" for r in records.values()))
-    write_text(out / SAMPLES, "".join(json.dumps(sample) + "\n" for sample in samples))
+    append_samples(out, samples)
+    hashes = {str(origin.get("policy_hash", "unknown")) for origin in origins}
     facts = {
-        "policy": {"name": name or out.name, "hash": hashes.pop() if len(hashes) == 1 else "mixed"},
-        "suite": _SUITE,
-        "settings": {"judged_by": file.name},
+        "policy": {"name": name, "hash": hashes.pop() if len(hashes) == 1 else "mixed"},
+        "suite": suite_judged_by_the_script(
+            origins, [record["metadata"] for record in records.values()]
+        ),
+        "settings": {},
         "command": None,
     }
     return write_results(out, samples, facts)
+
+
+def suite_judged_by_the_script(
+    origins: Sequence[Mapping[str, Any]], metadata: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Name the suite that the pictures were made for, or tell by the prompts whether it is GenEval.
+
+    The judge is part of its settings, so that these scores are never paired with our own.
+    """
+    made_for = {(origin.get("suite"), origin.get("suite_version", 1)) for origin in origins}
+    text = "".join(json.dumps(entry) + "\n" for entry in metadata)
+    official = hashlib.sha256(text.encode()).hexdigest() == SHA256
+    name, version = ("geneval", 1) if official else ("geneval-format", 1)
+    if len(made_for) == 1 and None not in (known := made_for.pop()):
+        name, version = known
+    title = "GenEval" if name == "geneval" else f"{name}, judged by GenEval's own script"
+    return {
+        "name": name,
+        "title": title,
+        "version": version,
+        "not_comparable": _ELSEWHERE if name == "geneval" else _OTHERS,
+        "settings": {"judge": _JUDGE},
+        "metrics": {"strict": asdict(Metric("GenEval accuracy (strict)"))},
+    }
 
 
 def _row(file: Path, number: int, line: str) -> dict[str, Any]:
@@ -139,7 +172,7 @@ def _row(file: Path, number: int, line: str) -> dict[str, Any]:
 
 def _sample(
     file: Path, row: Mapping[str, Any], images: Path | None, out: Path
-) -> tuple[Sample, dict[str, Any], str]:
+) -> tuple[Sample, dict[str, Any]]:
     path: Path = row["path"]
     if images is not None:
         path = images / path.parent.parent.name / path.parent.name / path.name
@@ -170,7 +203,7 @@ def _sample(
         "details": {"objects": _objects(row["boxes"]), "size": size},
         "seconds": {"generate": 0.0, "score": 0.0},
     }
-    return sample, row["metadata"], str(origin.get("policy_hash", "unknown"))
+    return sample, origin
 
 
 def _objects(boxes: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
 
+from common.bootstrap import MIN_CLUSTERS, satterthwaite
 from common.errors import RunError
 from common.statistics import (
     Components,
@@ -33,7 +34,7 @@ class TaskPlan:
     prompts: int
     components: Components
     detectable: float | None
-    """Smallest true difference found four times in five; None with fewer than two prompts."""
+    """Smallest true difference found four times in five; None with fewer than five prompts."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,11 @@ class Plan:
     @property
     def detectable(self) -> float | None:
         """Smallest true difference of the mean over tasks that is found four times in five."""
-        freedom = self.prompts - len(self.tasks)
-        if min(task.prompts for task in self.tasks.values()) < 2:
+        tasks = self.tasks.values()
+        if self.prompts < MIN_CLUSTERS or min(task.prompts for task in tasks) < 2:
             return None
+        variances = [t.components.cluster_variance(self.seeds) / t.prompts for t in tasks]
+        freedom = satterthwaite(variances, [task.prompts - 1 for task in tasks])
         return minimum_detectable_effect(self.spread / sqrt(self.prompts), freedom)
 
     def prompts_needed(self, difference: float) -> int:
@@ -90,7 +93,8 @@ def plan(
     for task, prompts in sizes.items():
         known = (components or {}).get(task, ASSUMED)
         error = sqrt(known.cluster_variance(seeds) / prompts)
-        found = minimum_detectable_effect(error, prompts - 1) if prompts > 1 else None
+        enough = prompts >= MIN_CLUSTERS
+        found = minimum_detectable_effect(error, prompts - 1) if enough else None
         tasks[task] = TaskPlan(prompts, known, found)
     return Plan(seeds, tasks)
 

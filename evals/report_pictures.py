@@ -8,6 +8,7 @@ from typing import Any
 from PIL import Image
 
 from common.errors import RunError
+from evals.located import found_in, picture_size
 from evals.results import ResultFolder, Sample
 
 THUMBNAIL = 512
@@ -69,16 +70,16 @@ def _cell(sample: Sample, headline: str, strings: _Table) -> list[Any]:
     details = sample["details"]
     boxes = [
         [
-            strings.number(" ".join(filter(None, [item.get("color"), item["label"]]))),
-            *(round(edge, 1) for edge in item["box"]),
+            strings.number(" ".join(str(x) for x in (item.get("color"), item.get("label")) if x)),
+            *(round(edge, 1) for edge in box),
         ]
-        for item in details.get("objects", [])
+        for item, box in found_in(details)
     ]
     value = sample["values"][headline]
     return [
         None if value is None else round(value, 4),
         strings.number(sample["reason"]),
-        details.get("size"),
+        picture_size(details),
         boxes,
     ]
 

@@ -10,6 +10,7 @@ results/NAME/
 
 import io
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from common.errors import RunError
 from common.journal import read_journal
 from common.statistics import Estimate, mean_interval
 from evals.diversity import prompt_diversity
-from evals.suites import Metric
+from evals.suites import Metric, SampleScore, Suite, task_of
 
 SCHEMA = "atelier.results/1"
 RESULTS, SETTINGS, PROMPTS = "results.json", "settings.json", "prompts.jsonl"
@@ -49,6 +50,10 @@ class ResultFolder:
     def suite(self) -> str:
         """The suite's name."""
         return str(self.results["suite"]["name"])
+
+    def records(self) -> dict[str, dict[str, Any]]:
+        """Read the prompt records that were evaluated, by prompt id."""
+        return read_records(self.path)
 
     @property
     def metrics(self) -> dict[str, Metric]:
@@ -145,12 +150,7 @@ def summarise(samples: Sequence[Sample], metrics: Mapping[str, Metric]) -> dict[
             }
             for task, rows in of_task.items()
         },
-        "overall": {
-            name: _summary(samples, name, by_task=True)
-            if all(count_unscored(rows, name) < len(rows) for rows in of_task.values())
-            else None
-            for name in metrics
-        },
+        "overall": {name: _over_tasks(samples, of_task, name) for name in metrics},
         "unscored": {name: count_unscored(samples, name) for name in metrics},
         "layout_diversity": estimate_dict(
             mean_interval(
@@ -164,6 +164,36 @@ def summarise(samples: Sequence[Sample], metrics: Mapping[str, Metric]) -> dict[
     }
 
 
+def held_out_row(suite: Suite, scores: Sequence[SampleScore]) -> dict[str, Any]:
+    """Return the row of a training curve: one score for each of the suite's records, in order.
+
+    By the rule of `summarise`: a metric is the mean over tasks, None if a task has no score.
+    `standard_error` and `per_task` are the headline's.
+    """
+    samples = [
+        {
+            "prompt_id": record["prompt_id"],
+            "cluster": record.get("cluster", record["prompt_id"]),
+            "task": task_of(record),
+            "values": score.values,
+        }
+        for record, score in zip(suite.records, scores, strict=True)
+    ]
+    tasks = list(dict.fromkeys(sample["task"] for sample in samples))
+    of_task = {task: [s for s in samples if s["task"] == task] for task in tasks}
+    found = {name: _over_tasks(samples, of_task, name) for name in suite.metrics}
+    means = {name: estimate["mean"] if estimate else None for name, estimate in found.items()}
+    headline = found[suite.headline]
+    per_task = {
+        task: _summary(rows, suite.headline, by_task=False) for task, rows in of_task.items()
+    }
+    return {
+        **means,
+        "standard_error": headline["standard_error"] if headline else None,
+        "per_task": {task: entry["mean"] for task, entry in per_task.items() if entry},
+    }
+
+
 def diversity_by_prompt(samples: Sequence[Sample]) -> dict[str, float]:
     """Return the layout diversity of each prompt that has one (see `evals.diversity`)."""
     pictures: dict[str, list[dict[str, Any]]] = {}
@@ -171,6 +201,41 @@ def diversity_by_prompt(samples: Sequence[Sample]) -> dict[str, float]:
         pictures.setdefault(sample["prompt_id"], []).append(sample["details"])
     found = {prompt: prompt_diversity(details) for prompt, details in pictures.items()}
     return {prompt: value for prompt, value in found.items() if value is not None}
+
+
+def read_records(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return the prompt records of a result folder by prompt id."""
+    return {record["prompt_id"]: record for record in read_journal(folder / PROMPTS)}
+
+
+def finished_samples(folder: Path) -> dict[tuple[str, int], Sample]:
+    """Return the samples whose row and whole picture are both on disk."""
+    return {
+        key: row
+        for key, row in read_samples(folder).items()
+        if (image := folder / row["image"]).is_file() and image.stat().st_size == row["bytes"]
+    }
+
+
+def append_samples(folder: Path, rows: Sequence[Sample]) -> None:
+    """Add a batch's rows with one flush to the disk: one a row would take longer than painting."""
+    text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+    with (folder / SAMPLES).open("ab") as stream:
+        stream.write(text.encode())
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def differences_of(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """Return a phrase for each key whose values differ; of dictionaries, for each key inside."""
+    found = []
+    for key in sorted({*before, *after}):
+        old, new = before.get(key), after.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            found += differences_of(old, new)
+        elif old != new:
+            found.append(f"{key} is {old!r} there and {new!r} now")
+    return found
 
 
 def count_unscored(samples: Sequence[Sample], metric: str) -> int:
@@ -184,6 +249,15 @@ def estimate_dict(estimate: Estimate) -> dict[str, Any]:
         name: round(value, 6) if isinstance(value, float) else value
         for name, value in asdict(estimate).items()
     }
+
+
+def _over_tasks(
+    samples: Sequence[Sample], of_task: Mapping[str, Sequence[Sample]], metric: str
+) -> dict[str, Any] | None:
+    """Summarise the mean over tasks; None if one of them has no score."""
+    if any(count_unscored(rows, metric) == len(rows) for rows in of_task.values()):
+        return None
+    return _summary(samples, metric, by_task=True)
 
 
 def _summary(samples: Sequence[Sample], metric: str, *, by_task: bool) -> dict[str, Any] | None:

@@ -6,9 +6,7 @@ policies draw the same random numbers, and a run that was cut off goes on where 
 
 import hashlib
 import json
-import os
 import re
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -19,8 +17,9 @@ from typing import Any, Protocol
 from PIL import Image
 
 from common.atomic import write_text
-from common.errors import AtelierError, RunError
+from common.errors import AtelierError
 from common.journal import Journal
+from common.lock import folder_lock
 from common.progress import Progress, SilentProgress
 from common.seeds import counter_seed
 from evals.environment import environment
@@ -31,15 +30,17 @@ from evals.results import (
     RESULTS,
     SAMPLES,
     SCHEMA,
-    SETTINGS,
     Sample,
-    read_samples,
+    append_samples,
+    count_unscored,
+    finished_samples,
     summarise,
     webp,
 )
 from evals.suites import Metric, Record, SampleScore, Suite, load_suite, task_of
+from evals.taking_over import claim, take_over
 
-_NOT_SETTINGS = ("policy_hash", "suite", "suite_version", "prompts")
+_NOT_SETTINGS = ("policy_hash", "suite", "suite_version", "prompts", "suite_settings")
 
 
 class ImagePolicy(Protocol):
@@ -89,13 +90,13 @@ def evaluate(
     recorded; `setup` says how the policy was set up where that can change a picture (engine, type,
     device). An existing folder of the same evaluation is continued, picture by picture, or
     returned as it is when complete; a folder of another one (other policy hash, suite, prompts or
-    settings) raises RunError naming what differs. A new folder first takes over what a folder
-    beside it holds of the same evaluation, so that nothing is made twice.
+    settings) raises RunError naming what differs, and one that another process writes UsageError.
+    Pictures that folders beside it hold of the same policy, prompt and settings are taken over, so
+    that nothing is made twice.
     A sample whose scorer fails has None values and the reason, and is counted as unscored.
     """
     suite = load_suite(suite) if isinstance(suite, str) else suite
-    not_comparable = suite.comparability(seeds, limit)
-    suite = suite.limited(limit)
+    whole, suite = suite, suite.limited(limit)
     progress = progress or SilentProgress()
     out = Path(out_dir)
     identity = {
@@ -109,39 +110,58 @@ def evaluate(
         "steps": policy.config.steps if steps is None else steps,
         "guidance": policy.config.guidance if guidance is None else guidance,
         **(setup or {}),
-        **suite.settings,
+        "suite_settings": dict(suite.settings),
     }
-    if _claim(out, identity):
-        _take_over(out, progress)
-    if not (out / PROMPTS).is_file():
-        records = (json.dumps(dict(r), ensure_ascii=False) + "\n" for r in suite.records)
-        write_text(out / PROMPTS, "".join(records))
-    done = _finished_samples(out)
-    wanted = [(record, index) for record in suite.records for index in range(seeds)]
-    pending = [(r, i) for r, i in wanted if (r["prompt_id"], i) not in done]
-    if not pending and (out / RESULTS).is_file():
-        progress.line(f"{out} is complete: nothing to generate")
-        return dict(json.loads((out / RESULTS).read_text(encoding="utf-8")))
+    claim(out, identity)
+    with folder_lock(out):
+        if not (out / PROMPTS).is_file():
+            records = (json.dumps(dict(r), ensure_ascii=False) + "\n" for r in suite.records)
+            write_text(out / PROMPTS, "".join(records))
+        wanted = [(record, index) for record in suite.records for index in range(seeds)]
+        done = finished_samples(out)
+        if len(done) == len(wanted) and (out / RESULTS).is_file():
+            progress.line(f"{out} is complete: nothing to generate")
+            return dict(json.loads((out / RESULTS).read_text(encoding="utf-8")))
+        Journal(out / SAMPLES)  # cuts off a row torn by a kill, before rows are added
+        missing = {(r["prompt_id"], i) for r, i in wanted} - done.keys()
+        done |= take_over(out, identity, missing, progress)
+        pending = [(r, i) for r, i in wanted if (r["prompt_id"], i) not in done]
+        task = f"eval {suite.name}"
+        progress.start(task, len(wanted))
+        progress.advance(task, len(done))
+        for start in range(0, len(pending), batch_size):
+            batch = pending[start : start + batch_size]
+            rows = _sample_batch(policy, suite, batch, identity, out)
+            append_samples(out, rows)
+            done |= {(row["prompt_id"], row["index"]): row for row in rows}
+            progress.advance(task, len(batch))
+        progress.finish(task)
+        samples = [done[record["prompt_id"], i] for record, i in wanted]
+        not_comparable = comparability(whole, seeds, limit, samples)
+        facts = {
+            "policy": {"name": name or out.name, "hash": identity["policy_hash"]},
+            "suite": suite_facts(suite) | {"not_comparable": not_comparable},
+            "settings": {key: v for key, v in identity.items() if key not in _NOT_SETTINGS},
+            "command": command,
+        }
+        return write_results(out, samples, facts)
 
-    task = f"eval {suite.name}"
-    progress.start(task, len(wanted))
-    progress.advance(task, len(done))
-    Journal(out / SAMPLES)  # cuts off a row torn by a kill, before rows are added
-    for start in range(0, len(pending), batch_size):
-        batch = pending[start : start + batch_size]
-        rows = _sample_batch(policy, suite, batch, identity, out)
-        _append(out / SAMPLES, rows)
-        done |= {(row["prompt_id"], row["index"]): row for row in rows}
-        progress.advance(task, len(batch))
-    progress.finish(task)
 
-    facts = {
-        "policy": {"name": name or out.name, "hash": identity["policy_hash"]},
-        "suite": suite_facts(suite) | {"not_comparable": not_comparable},
-        "settings": {key: v for key, v in identity.items() if key not in _NOT_SETTINGS},
-        "command": command,
-    }
-    return write_results(out, [done[record["prompt_id"], i] for record, i in wanted], facts)
+def comparability(
+    suite: Suite, seeds: int, limit: int | None, samples: Sequence[Sample]
+) -> str | None:
+    """Return why finished scores must not stand beside a published leaderboard; None if they may.
+
+    Besides what the suite says beforehand: pictures without a score, and what the scorer itself
+    said about a picture (`not_comparable` among its details).
+    """
+    before = suite.comparability(seeds, limit)
+    reasons = [before] if before else []
+    if unscored := count_unscored(samples, suite.headline):
+        reasons.append(f"{unscored} of {len(samples)} pictures could not be scored")
+    told = {note for s in samples if (note := s["details"].get("not_comparable"))}
+    reasons += [note for note in sorted(map(str, told)) if note not in (before or "")]
+    return "; ".join(reasons) or None
 
 
 def suite_facts(suite: Suite) -> dict[str, Any]:
@@ -151,6 +171,7 @@ def suite_facts(suite: Suite) -> dict[str, Any]:
         "title": suite.title,
         "version": suite.version,
         "not_comparable": suite.not_comparable,
+        "settings": dict(suite.settings),
         "metrics": {key: asdict(metric) for key, metric in suite.metrics.items()},
     }
 
@@ -181,68 +202,6 @@ def write_results(out: Path, samples: Sequence[Sample], facts: Mapping[str, Any]
 def _prompts_hash(records: Sequence[Record]) -> str:
     text = json.dumps([dict(record) for record in records], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _claim(out: Path, identity: dict[str, Any]) -> bool:
-    """Make the folder this evaluation's and return True; False if it was so already."""
-    file = out / SETTINGS
-    if not file.exists():
-        if out.is_dir() and any(out.iterdir()):
-            raise RunError(
-                f"{out} holds other files.\n    Fix: give --out a new or an empty folder."
-            )
-        (out / IMAGES).mkdir(parents=True, exist_ok=True)
-        write_text(file, json.dumps(identity, indent=2) + "\n")
-        return True
-    try:
-        before = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise RunError(
-            f"{file} is damaged ({error}).\n    Fix: give --out a new folder."
-        ) from error
-    differing = [
-        f"{key} is {before.get(key)!r} there and {identity.get(key)!r} now"
-        for key in sorted({*before, *identity})
-        if before.get(key) != identity.get(key)
-    ]
-    if differing:
-        raise RunError(
-            f"{out} holds another evaluation: {'; '.join(differing)}.\n"
-            "    Fix: give --out another folder."
-        )
-    return False
-
-
-def _take_over(out: Path, progress: Progress) -> None:
-    """Copy the samples of the same evaluation from the folders beside this one."""
-    settings = (out / SETTINGS).read_text(encoding="utf-8")
-    for file in sorted(out.parent.glob(f"*/{SETTINGS}")):
-        other = file.parent
-        if other != out and file.read_text(encoding="utf-8") == settings:
-            rows = list(_finished_samples(other).values())
-            for row in rows:
-                shutil.copyfile(other / row["image"], out / row["image"])
-            _append(out / SAMPLES, rows)
-            progress.line(f"took {len(rows)} pictures of the same evaluation from {other}")
-            return
-
-
-def _finished_samples(out: Path) -> dict[tuple[str, int], Sample]:
-    """Return the samples whose row and whole picture are both on disk."""
-    return {
-        key: row
-        for key, row in read_samples(out).items()
-        if (image := out / row["image"]).is_file() and image.stat().st_size == row["bytes"]
-    }
-
-
-def _append(file: Path, rows: Sequence[Sample]) -> None:
-    """Add a batch's rows with one flush to the disk: one a row would take longer than painting."""
-    text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-    with file.open("ab") as stream:
-        stream.write(text.encode())
-        stream.flush()
-        os.fsync(stream.fileno())
 
 
 def _sample_batch(

@@ -16,6 +16,7 @@ from PIL import Image
 
 from common.atomic import write_text
 from common.images import open_image
+from evals.located import found_in, picture_size
 from evals.score_images import RewardSummary, ScoredImage
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -124,34 +125,18 @@ def _card(row: ScoredImage) -> Card:
 
 def _boxes(details: Any) -> Iterator[Box]:
     """Yield the boxes of a reward's details (`rewards.contract.Score`): objects, and text read."""
-    size = _numbers(details.get("size"), 2) if isinstance(details, Mapping) else None
-    if size is None or min(size) <= 0:
+    size = picture_size(details)
+    if size is None:
         return
     width, height = size
-    found = [("object", entry) for entry in _entries(details, "objects")]
-    found += [("line", entry) for entry in _entries(details, "lines")]
-    for kind, entry in found:
-        box = _numbers(entry.get("box"), 4)
-        if box is None:
-            continue
+    found = [("object", *item) for item in found_in(details)]
+    found += [("line", *item) for item in found_in(details, "lines")]
+    for kind, entry, box in found:
         left, right = (min(max(100 * edge / width, 0), 100) for edge in (box[0], box[2]))
         top, bottom = (min(max(100 * edge / height, 0), 100) for edge in (box[1], box[3]))
         words = [entry.get("color"), entry.get("label"), entry.get("text")]
         text = " ".join(str(word) for word in words if word)
         yield Box(kind, text, left, top, max(right - left, 0), max(bottom - top, 0))
-
-
-def _entries(details: Any, key: str) -> list[Mapping[str, Any]]:
-    found = details.get(key) if isinstance(details, Mapping) else None
-    entries = found if isinstance(found, list) else []
-    return [entry for entry in entries if isinstance(entry, Mapping)]
-
-
-def _numbers(value: Any, count: int) -> list[float] | None:
-    if not isinstance(value, list | tuple) or len(value) != count:
-        return None
-    fine = all(isinstance(item, int | float) and math.isfinite(item) for item in value)
-    return [float(item) for item in value] if fine else None
 
 
 def _thumbnail(path: Path) -> tuple[str, bool]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from common.errors import RunError
 from common.journal import read_journal
-from evals.alarms import headline
+from evals.alarms import headline, parted
 from evals.stage_chart import StageChart, stage_chart
 
 SMALL_CHARTS = {
@@ -92,7 +92,7 @@ def load_training(run_dir: Path) -> Training:
         name=run_dir.resolve().name,
         steps=len(steps),
         reward=line_chart("Reward in training and score on held-out prompts", lines),
-        sentence=_sentence([y for _, y in reward], [y for _, y in evaluated]),
+        sentence=_sentence([y for _, y in reward], [y for _, y in evaluated], steps, held_out),
         small=small,
         stages=_stages(steps),
         step=stage_chart(steps),
@@ -149,16 +149,21 @@ def _running_mean(points: Sequence[Point], window: int) -> list[Point]:
     return [(x, float(mean)) for (x, _), mean in zip(points, means, strict=True)]
 
 
-def _sentence(reward: Sequence[float], held_out: Sequence[float]) -> str:
-    """Say in words what the two curves do, and warn where they part."""
+def _sentence(
+    reward: Sequence[float],
+    held_out: Sequence[float],
+    steps: Sequence[Mapping[str, Any]],
+    rows: Sequence[Mapping[str, Any]],
+) -> str:
+    """Say in words what the two curves do, and warn where they part by more than chance."""
     tenth = max(1, len(reward) // 10)
     first, last = float(np.mean(reward[:tenth])), float(np.mean(reward[-tenth:]))
     text = f"The training reward went from {first:.3f} to {last:.3f} (first and last tenth)"
     if len(held_out) < 2:
         return f"{text}; the run made fewer than two held-out evaluations."
     text += f", the held-out score from {held_out[0]:.3f} to {held_out[-1]:.3f}."
-    if last > first and held_out[-1] < held_out[0]:
-        text += " They part ways: look for what the reward pays that the held-out score does not."
+    if warning := parted(steps, rows):
+        text += f" They part ways: {warning}."
     return text
 
 

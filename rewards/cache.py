@@ -6,7 +6,7 @@ import json
 import sqlite3
 import threading
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,9 +81,14 @@ def _opened(file: Path | None) -> sqlite3.Connection:
 
 def reward_identity(function: RewardFunction) -> str:
     """Return a hash of a reward's name, arguments and source file, so that an edit is noticed."""
-    source = inspect.getsourcefile(inspect.unwrap(function.function))
-    code = Path(source).read_bytes() if source and Path(source).is_file() else b""
-    return _hash(function.name, json.dumps(function.args, sort_keys=True, default=_content), code)
+    args = json.dumps(function.args, sort_keys=True, default=_content)
+    return _hash(function.name, args, source_code(function.function))
+
+
+def source_code(function: Callable[..., Any]) -> bytes:
+    """Return the file that a function is written in; empty if it was not written in one."""
+    source = inspect.getsourcefile(inspect.unwrap(function))
+    return Path(source).read_bytes() if source and Path(source).is_file() else b""
 
 
 def image_digest(image: Image.Image) -> str:

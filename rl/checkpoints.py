@@ -6,7 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
-from common.atomic import write_text
+from common.atomic import sync_folder, write_text
 from common.errors import RunError
 from common.progress import Progress
 
@@ -35,6 +35,7 @@ def publish(staged: Path, checkpoints: Path, step: int, keep_last: int) -> Path:
     if target.exists():
         shutil.rmtree(target)
     os.replace(staged, target)
+    sync_folder(checkpoints)
     for old in _folders(checkpoints)[:-keep_last]:
         shutil.rmtree(old)
     return target

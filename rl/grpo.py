@@ -173,8 +173,8 @@ class ImageGRPOTrainer(GRPOTrainer):
         missing = sum(scored.total is None for scored in self.last_scores)
         log_metric("missing_rewards", float(missing))
         # Over all processes, so that they stop together: one alone would leave the others waiting.
-        scored = torch.tensor([len(self.last_scores) - missing], device=self.accelerator.device)
-        anywhere = bool(self.accelerator.gather(scored).any())
+        here = torch.tensor([len(self.last_scores) - missing], device=self.accelerator.device)
+        anywhere = bool(self.accelerator.gather(here).any())
         self._unscored_steps = 0 if anywhere else self._unscored_steps + 1
         if self._unscored_steps == UNSCORED_STEPS:
             name, reason = next(iter(self.last_scores[0].reasons.items()), ("-", "unknown"))

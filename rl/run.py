@@ -18,6 +18,7 @@ from common.journal import Journal, read_journal
 from common.lock import folder_lock
 from common.progress import Progress, SilentProgress
 from data.prompts import draw_records
+from evals.results import held_out_row
 from evals.suites import Suite, load_suite
 from policy import Policy, policy_path
 from policy.quiet import quiet_libraries
@@ -307,18 +308,7 @@ def _held_out(recipe: GrpoRecipe, suite: Suite, sampler: Sampler, sync: Sync) ->
             suite.score(image, record)
             for image, record in zip(rollout.images, suite.records, strict=True)
         ]
-        per_task: dict[str, list[float]] = {}
-        means: dict[str, Any] = {}
-        for metric in suite.metrics:
-            values = [s.values[metric] for s in scores if s.values.get(metric) is not None]
-            means[metric] = sum(values) / len(values) if values else None  # type: ignore[arg-type]
-        headline = next(iter(suite.metrics))
-        for record, score in zip(suite.records, scores, strict=True):
-            value = score.values.get(headline)
-            if value is not None:
-                per_task.setdefault(str(record["metadata"]["tag"]), []).append(value)
-        means["per_task"] = {task: sum(v) / len(v) for task, v in per_task.items()}
-        return means
+        return held_out_row(suite, scores)
 
     return held_out
 

@@ -1,8 +1,10 @@
 """The registry of benchmark suites. A suite's module is imported when the suite is first loaded."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from common.registry import Registry
+from evals.suites.identity import option_content, source_hash
 from evals.suites.options import check_options
 from evals.suites.suite import Metric, Record, SampleScore, Suite, task_of
 
@@ -51,10 +53,16 @@ def load_suite(
 ) -> Suite:
     """Build a suite with its options, with at most `limit` prompts (tasks take turns).
 
-    Raises AtelierError for an unknown name, naming the nearest one, and UsageError for an option
-    that the suite lacks or needs.
+    Its `settings` are completed by the options (files by their content) and, for a suite that is
+    not our own, by a hash of the file that builds it: they decide what is scored, and a change must
+    not go unnoticed. Raises AtelierError for an unknown name, naming the nearest one, and
+    UsageError for an option that the suite lacks or needs.
     """
     builder: SuiteBuilder = _suites.get(name)
     chosen = dict(options or {})
     check_options(f"suite `{name}`", builder, chosen)
-    return builder(**chosen).limited(limit)
+    suite = builder(**chosen)
+    facts = {option: option_content(value) for option, value in chosen.items()}
+    if not builder.__module__.startswith(f"{__name__}."):
+        facts["source"] = source_hash(builder)
+    return replace(suite, settings={**facts, **suite.settings}).limited(limit)

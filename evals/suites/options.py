@@ -23,4 +23,6 @@ def check_options(what: str, build: Callable[..., Any], options: Iterable[str]) 
             raise UsageError(f"{what} has no option `{option}`.\n    Fix: {fix}.")
     for option, parameter in named.items():
         if parameter.default is parameter.empty and option not in given:
-            raise UsageError(f"{what} needs the option `{option}`.\n    Fix: add {option}=VALUE.")
+            close = nearest(option, [name for name in given if name not in named])
+            fix = f"write `{option}` for `{close}`" if close else f"add {option}=VALUE"
+            raise UsageError(f"{what} needs the option `{option}`.\n    Fix: {fix}.")

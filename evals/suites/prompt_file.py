@@ -5,18 +5,22 @@ from pathlib import Path
 from PIL import Image
 
 from data.prompts import training_records
+from evals.suites.identity import source_hash
 from evals.suites.suite import Metric, Record, SampleScore, Suite
+from recipes.yaml_loader import parse_yaml
+from rewards.plugins import load_reward
 from rewards.runner import RewardRunner, RewardSpec
 
 TIMEOUT_S = 600.0
 
 
-def prompt_file(prompts: str, reward: str) -> Suite:
+def prompt_file(prompts: str, reward: str, **reward_args: str) -> Suite:
     """Build the suite: the mean of `reward` over the prompts of a JSONL file.
 
     A line has `prompt`, perhaps `prompt_id`, and the columns that the reward asks for;
     `metadata.tag` names its task (default: the file's name). `reward` is a registered name such as
-    pickscore, hpsv2 or imagereward, or "file.py:function". Raises DataError for the file and
+    pick_score, hps_v2 or image_reward, or "file.py:function"; further options are its arguments,
+    read as in a recipe (YAML), such as the place of its weights. Raises DataError for the file and
     RewardError for a reward that cannot be loaded or cannot score a record.
     """
     file = Path(prompts)
@@ -24,7 +28,10 @@ def prompt_file(prompts: str, reward: str) -> Suite:
         {**record, "metadata": {"tag": file.stem, **record["metadata"]}}
         for record in training_records(str(file), "all")
     )
-    runner = RewardRunner([RewardSpec(reward, timeout_s=TIMEOUT_S)])
+    args = {
+        key: parse_yaml(value.encode(), f"option {key}").value for key, value in reward_args.items()
+    }
+    runner = RewardRunner([RewardSpec(reward, args=args, timeout_s=TIMEOUT_S)])
     runner.check_records(records)
     [name] = runner.names
 
@@ -42,5 +49,5 @@ def prompt_file(prompts: str, reward: str) -> Suite:
         score=score,
         metrics={name: Metric(name, "amount")},
         not_comparable="the prompt file is the user's own",
-        settings={"reward": reward},
+        settings={"reward": source_hash(load_reward(reward, **args).function)},
     )

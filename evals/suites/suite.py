@@ -56,7 +56,8 @@ class Suite:
     metrics: Mapping[str, Metric]
     not_comparable: str | None
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """What else decides the scores (such as the detector); recorded and compared."""
+    """What else decides the scores (such as the detector): JSON. Results that differ in it are
+    never paired. `load_suite` adds the options, files among them by their content."""
     pictures: int | None = None
     """Pictures for each prompt in the published protocol; None where it names no number."""
 

@@ -1,12 +1,15 @@
 """Evaluation through a rollout engine: the pictures of the policy's own sampler, and real vLLM."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 
 from evals.engines import EnginePolicy, sampled_by
 from policy import Policy
+from rollout.build import EngineSpec
 from rollout.transformers_engine import TransformersEngine
 
 PROMPTS = ["a photo of a red circle", "a photo of two squares and a ring", "a sign"]
@@ -36,7 +39,7 @@ def test_vllm_paints_the_same_pictures_where_chance_has_no_say(
         policy.ar.lm_head.weight *= 20
     policy.save_pretrained(tmp_path / "sharp")
     own = pictures(policy, 0.01)
-    with sampled_by("vllm", policy, tmp_path / "sharp") as painter:
+    with sampled_by("vllm", policy, tmp_path / "sharp", PROMPTS) as painter:
         np.testing.assert_allclose(pictures(painter, 0.01), own, atol=2)
         warm = pictures(painter, 2.0)
         np.testing.assert_array_equal(pictures(painter, 2.0), warm)
@@ -44,5 +47,23 @@ def test_vllm_paints_the_same_pictures_where_chance_has_no_say(
 
 
 def test_the_transformers_engine_is_the_policy_itself(policy: Policy, policy_folder: Path) -> None:
-    with sampled_by("transformers", policy, policy_folder) as painter:
+    with sampled_by("transformers", policy, policy_folder, PROMPTS) as painter:
         assert painter is policy
+
+
+def test_the_engine_is_started_for_the_longest_prompt(
+    policy: Policy, policy_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = []
+
+    def build(spec: EngineSpec) -> SimpleNamespace:
+        built.append(spec)
+        return SimpleNamespace(close=lambda: built.append("closed"))
+
+    monkeypatch.setattr(EngineSpec, "build", build)
+    long = "a photo of a red circle " * 30
+    with sampled_by("vllm", policy, policy_folder, ["a photo", long]):
+        pass
+    assert built[0].max_prompt_length == len(policy.prompt_ids([long])[0]) > 256
+    assert built[0].dtype == "float32"
+    assert built[1] == "closed"

@@ -48,6 +48,14 @@ def test_a_run_longer_than_six_digits_keeps_its_order(tmp_path):
     assert step_of(newest_valid(tmp_path)[0]) == 1_000_000
 
 
+def test_a_checkpoint_s_name_is_flushed_too(tmp_path, monkeypatch):
+    flushed = []
+    real = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: (flushed.append(os.fstat(fd).st_ino), real(fd)))
+    folder = write(tmp_path, 2)
+    assert folder.parent.stat().st_ino == flushed[-1]
+
+
 def test_no_checkpoint_at_all_is_not_an_error(tmp_path):
     assert newest_valid(tmp_path / "checkpoints") == (None, [])
     (tmp_path / ".staging" / "checkpoint-3").mkdir(parents=True)  # left by a kill

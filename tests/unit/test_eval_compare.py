@@ -1,15 +1,19 @@
 """Comparisons: what is paired, what is counted, and what a verdict may say."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from eval_stand_in import StandInPolicy, toy_suite
+from eval_stand_in import GENEVAL_TASKS, StandInPolicy, toy_suite
 
+from cli.compare import table
 from common.errors import RunError
 from common.statistics import Difference, minimum_detectable_effect, paired_difference
 from evals.compare import compare, compare_all, verdict
+from evals.gate import apply_gate, parse_gate
+from evals.report import build_report
 from evals.results import load_results
 from evals.run import evaluate
 
@@ -88,6 +92,70 @@ def test_lost_diversity_is_found(tmp_path: Path) -> None:
     assert entry["before"] > 0.2
     assert entry["after"] == 0
     assert entry["verdict"] == "worse"
+
+
+def without_scores(folder: Path, task: str) -> None:
+    """Make a finished evaluation one in which the scorer failed on a task."""
+    rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    for row in rows:
+        if row["task"] == task:
+            row["values"] = dict.fromkeys(row["values"])
+    (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.parametrize("broken", ["a", "b"])
+def test_a_task_unscored_on_one_side_leaves_no_overall_difference(
+    tmp_path: Path, broken: str
+) -> None:
+    before, after = run(tmp_path / "a", 0.4), run(tmp_path / "b", 0.4)
+    without_scores(tmp_path / broken, "position")
+    found = compare(before, after)
+    assert found["overall"] is None
+    assert found["others"] == {"extra_objects": None}
+    assert found["tasks"]["position"] is None
+    assert [task for task, entry in found["tasks"].items() if entry is None] == ["position"]
+    assert f"0 of 6 pictures scored in {tmp_path / broken}" in found["not_scored"]["position"]
+    outcome = apply_gate(parse_gate("toy-scenes.overall < -0.9"), found)
+    assert outcome.failed
+    assert "position has no pair that was scored in both" in outcome.reason
+    assert not apply_gate(parse_gate("toy-scenes.colors < -0.9"), found).failed
+    assert any(line.startswith("position") and "not scored" in line for line in table(found))
+
+
+def test_an_evaluation_in_which_nothing_was_scored_can_be_compared_and_reported(
+    tmp_path: Path,
+) -> None:
+    before, after = run(tmp_path / "a", 0.4), run(tmp_path / "b", 0.4)
+    for task in GENEVAL_TASKS:
+        without_scores(after, task)
+    found = compare(before, after)
+    assert found["overall"] is None
+    assert set(found["tasks"].values()) == {None}
+    [again] = compare_all(load_results(before), [load_results(after)])
+    assert again["not_scored"].keys() == set(GENEVAL_TASKS)
+    page = build_report([before, after], tmp_path / "page")
+    for file in (page, page.with_name("report.md")):
+        assert "cannot be compared overall" in file.read_text()
+
+
+def test_prompts_of_one_name_and_different_content_are_not_paired(tmp_path: Path) -> None:
+    before, after = run(tmp_path / "a", 0.4), run(tmp_path / "b", 0.4)
+    records = [json.loads(line) for line in (after / "prompts.jsonl").read_text().splitlines()]
+    records[3]["metadata"]["include"][0]["count"] += 1
+    (after / "prompts.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    with pytest.raises(
+        RunError, match=f"different prompts under the id '{records[3]['prompt_id']}"
+    ):
+        compare(before, after)
+
+
+def test_evaluations_with_other_judges_are_not_paired(tmp_path: Path) -> None:
+    suite = toy_suite(6)
+    for name, rules in (("a", "old"), ("b", "new")):
+        judged = replace(suite, settings={"rules": rules})
+        evaluate(StandInPolicy(suite.records, 0.4), judged, tmp_path / name, seeds=1, weights=name)
+    with pytest.raises(RunError, match="rules is 'old' there and 'new' now"):
+        compare(tmp_path / "a", tmp_path / "b")
 
 
 def test_suites_are_not_mixed(tmp_path: Path) -> None:

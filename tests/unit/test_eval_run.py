@@ -10,16 +10,20 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from eval_stand_in import StandInPolicy, toy_suite
 from PIL import Image
 
-from common.errors import RewardError, RunError
+from common.errors import RewardError, RunError, UsageError
+from common.lock import folder_lock
+from common.progress import SilentProgress
 from evals.policy_hash import policy_hash
-from evals.results import load_results, read_origin, read_samples
+from evals.report import build_report
+from evals.results import held_out_row, load_results, read_origin, read_samples
 from evals.run import evaluate
-from evals.suites import Record, SampleScore
+from evals.suites import Record, SampleScore, task_of
 
 
 def test_same_policy_gives_the_same_samples(tmp_path: Path) -> None:
@@ -92,16 +96,142 @@ def test_a_new_folder_takes_over_the_same_evaluation(tmp_path: Path) -> None:
         assert (tmp_path / "b" / row["image"]).read_bytes() == (
             tmp_path / "a" / row["image"]
         ).read_bytes()
-    # another temperature, policy or number of seeds is another evaluation
-    for name, options in (
-        ("t", {"temperature": 0.5}),
-        ("w", {"weights": "x"}),
-        ("s", {"seeds": 1}),
-    ):
+    # another temperature or policy is another evaluation
+    for name, options in (("t", {"temperature": 0.5}), ("w", {"weights": "x"})):
         policy = StandInPolicy(suite.records, 0.3)
-        settings = {"seeds": 2, "weights": "w"} | options
-        evaluate(policy, suite, tmp_path / name, **settings)
-        assert len(policy.generated) == 3 * settings["seeds"]
+        evaluate(policy, suite, tmp_path / name, **({"seeds": 2, "weights": "w"} | options))
+        assert len(policy.generated) == 6
+
+
+def test_more_prompts_or_seeds_make_only_what_is_new(tmp_path: Path) -> None:
+    suite = toy_suite(12)
+    made = []
+    for name, limit, seeds in (("a", 6, 2), ("b", 12, 2), ("c", 12, 3), ("d", 6, 1)):
+        policy = StandInPolicy(suite.records, 0.3)
+        evaluate(policy, suite, tmp_path / name, limit=limit, seeds=seeds, weights="w")
+        made.append(len(policy.generated))
+    assert made == [12, 12, 12, 0]
+    fresh = StandInPolicy(suite.records, 0.3)
+    evaluate(fresh, suite, tmp_path / "elsewhere" / "c", limit=12, seeds=3, weights="w")
+    for key, row in read_samples(tmp_path / "elsewhere" / "c").items():
+        other = read_samples(tmp_path / "c")[key]
+        assert row["values"] == other["values"]
+        assert row["seed"] == other["seed"]
+
+
+def test_pictures_of_other_prompts_under_one_id_are_not_taken_over(tmp_path: Path) -> None:
+    suite = toy_suite(2)
+    evaluate(StandInPolicy(suite.records, 0.3), suite, tmp_path / "a", seeds=1, weights="w")
+    first = dict(suite.records[0], metadata={**suite.records[0]["metadata"], "note": "changed"})
+    policy = StandInPolicy(suite.records, 0.3)
+    changed = replace(suite, records=(first, suite.records[1]))
+    evaluate(policy, changed, tmp_path / "b", seeds=1, weights="w")
+    assert [prompt for prompt, _ in policy.generated] == [first["prompt"]]
+
+
+def test_all_neighbours_are_asked_and_broken_ones_passed_over(tmp_path: Path) -> None:
+    suite = toy_suite(6)
+    cut = CutOff(suite.records, 0.4)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(cut, suite, tmp_path / "b", seeds=2, batch_size=4, weights="w")
+    for name, text in (("a", "{"), ("c", (tmp_path / "b" / "settings.json").read_text())):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "settings.json").write_text(text)
+    (tmp_path / "c" / "samples.jsonl").write_text("damaged\n{}\n")
+    rest = StandInPolicy(suite.records, 0.4)
+    lines: list[str] = []
+    told = SilentProgress()
+    told.line = lines.append  # type: ignore[method-assign]
+    evaluate(rest, suite, tmp_path / "d", seeds=2, weights="w", progress=told)
+    assert len(rest.generated) == 4
+    assert sum(line.startswith(f"passed over {tmp_path}") for line in lines) == 2
+    # What was cut off while it took pictures over takes the rest when it is started again.
+    whole = (tmp_path / "d" / "samples.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "e").mkdir()
+    (tmp_path / "e" / "images").mkdir()
+    (tmp_path / "e" / "settings.json").write_text((tmp_path / "d" / "settings.json").read_text())
+    (tmp_path / "e" / "samples.jsonl").write_text(whole[0][:20])
+    again = StandInPolicy(suite.records, 0.4)
+    assert evaluate(again, suite, tmp_path / "e", seeds=2, weights="w")["images"] == 12
+    assert again.generated == []
+
+
+def test_two_processes_do_not_write_one_folder(tmp_path: Path) -> None:
+    suite = toy_suite(1)
+    policy = StandInPolicy(suite.records, 0.0)
+    with folder_lock(tmp_path / "a"), pytest.raises(UsageError, match="another process"):
+        evaluate(policy, suite, tmp_path / "a", seeds=1, weights="w")
+    assert evaluate(policy, suite, tmp_path / "a", seeds=1, weights="w")["images"] == 1
+
+
+ODD = [3, [3], [{"label": "x"}], [{"box": [1, 2, "a", 4], "label": "x"}], None]
+
+
+def test_details_of_any_shape_do_not_stop_an_evaluation(tmp_path: Path) -> None:
+    suite = toy_suite(len(ODD))
+    shapes = dict(zip([r["prompt_id"] for r in suite.records], ODD, strict=True))
+
+    def score(image: Image.Image, record: Record) -> SampleScore:
+        details = {"objects": shapes[record["prompt_id"]], "size": [48, 48]}
+        return SampleScore({"strict": 1.0, "extra_objects": 0.0}, "", details)
+
+    policy = StandInPolicy(suite.records, 0.0)
+    odd = replace(suite, score=score)
+    results = evaluate(policy, odd, tmp_path / "a", seeds=2, weights="w")
+    assert results["layout_diversity"] is None
+    assert build_report([tmp_path / "a"], tmp_path / "page").is_file()
+
+
+def test_comparability_is_decided_by_what_was_scored(tmp_path: Path) -> None:
+    suite = replace(toy_suite(3), not_comparable=None, pictures=2)
+    first = suite.records[0]["prompt_id"]
+
+    def score(image: Image.Image, record: Record) -> SampleScore:
+        if record["prompt_id"] == first:
+            raise RewardError("the detector is away")
+        told = suite.score(image, record)
+        return replace(told, details={**told.details, "not_comparable": "another detector"})
+
+    policy = StandInPolicy(suite.records, 0.0)
+    judged = replace(suite, score=score)
+    results = evaluate(policy, judged, tmp_path / "a", seeds=2, weights="w")
+    assert results["suite"]["not_comparable"] == (
+        "2 of 6 pictures could not be scored; another detector"
+    )
+
+
+def test_the_training_curve_follows_the_rule_of_results(tmp_path: Path) -> None:
+    suite = toy_suite(8)  # tasks of one and two prompts
+    wrong = suite.records[0]["prompt_id"]
+    values = [float(record["prompt_id"] != wrong) for record in suite.records]
+    scores = [SampleScore({"strict": v, "extra_objects": 0.0}, "") for v in values]
+    by_id = dict(zip([r["prompt_id"] for r in suite.records], scores, strict=True))
+    judged = replace(suite, score=lambda image, record: by_id[record["prompt_id"]])
+    evaluate(StandInPolicy(suite.records, 0.0), judged, tmp_path / "a", seeds=1, weights="w")
+    results = load_results(tmp_path / "a").results
+    row = held_out_row(suite, scores)
+    # one of six tasks is half right; over pictures it would be 7 / 8
+    assert row["strict"] == results["overall"]["strict"]["mean"] == pytest.approx(5.5 / 6, abs=1e-6)
+    assert next(iter(row)) == suite.headline
+    tasks = results["tasks"]
+    assert row["per_task"] == {t: facts["metrics"]["strict"]["mean"] for t, facts in tasks.items()}
+    scores[1] = SampleScore({"strict": None, "extra_objects": None}, "")
+    few = replace(suite, records=suite.records[:6])
+    assert held_out_row(few, scores[:6])["strict"] is None
+
+
+def test_the_training_curve_has_a_standard_error() -> None:
+    suite = toy_suite(60)
+    scores = [
+        SampleScore({"strict": float(i % 3 > 0), "extra_objects": 0.0}, "") for i in range(60)
+    ]
+    rows = [(task_of(r), float(i % 3 > 0)) for i, r in enumerate(suite.records)]
+    variances = []
+    for task in dict.fromkeys(task for task, _ in rows):
+        values = [value for name, value in rows if name == task]
+        variances.append(float(np.var(values, ddof=1)) / len(values))
+    expected = sum(variances) ** 0.5 / len(variances)
+    assert held_out_row(suite, scores)["standard_error"] == pytest.approx(expected, abs=1e-6)
 
 
 def test_an_unfinished_evaluation_is_taken_over_as_far_as_it_went(tmp_path: Path) -> None:

@@ -2,15 +2,18 @@
 
 import json
 from collections import Counter
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
 from eval_stand_in import StandInPolicy
 from PIL import Image
 
-from common.errors import AtelierError, DataError, RewardError, UsageError
+from common.errors import AtelierError, DataError, RewardError, RunError, UsageError
 from data.scenes import Scene, render_scene
-from evals.suites import Suite, list_suites, load_suite, task_of
+from evals.compare import compare
+from evals.run import evaluate
+from evals.suites import Suite, list_suites, load_suite, register_suite, task_of
 from evals.suites.geneval import TASK_SIZES, asked_for
 
 OFFICIAL = Path(__file__).parents[3] / "shared" / "geneval" / "evaluation_metadata.jsonl"
@@ -106,7 +109,7 @@ def test_the_official_prompts_are_the_553() -> None:
     assert suite.pictures == 4
     # scored by another detector than the published one
     assert suite.comparability(seeds=4, limit=None)
-    assert suite.settings == {"detector": "scenes"}
+    assert suite.settings == {"detector": "scenes", "prompts": "sha256:5c48e0813e812e3c"}
 
 
 @needs_official
@@ -226,3 +229,74 @@ def test_a_reward_over_a_prompt_file(tmp_path: Path) -> None:
     bare.write_text('{"prompt": "a lamp"}\n')
     with pytest.raises(RewardError, match="wanted"):
         load_suite("prompt-file", options=options | {"prompts": str(bare)})
+
+
+def judged_by(folder: Path, code: str, prompt: str = "a lamp", **options: str) -> Suite:
+    """A suite over folder/rooms.jsonl with the reward in folder/bright.py."""
+    folder.mkdir(exist_ok=True)
+    (folder / "bright.py").write_text(code)
+    (folder / "rooms.jsonl").write_text(json.dumps({"prompt": prompt}) + "\n")
+    given = {"prompts": f"{folder}/rooms.jsonl", "reward": f"{folder}/bright.py:bright"}
+    return load_suite("prompt-file", options=given | options)
+
+
+CODE = "def bright(images, prompts, weight=1.0):\n    return [weight for _ in images]\n"
+
+
+def test_the_reward_s_code_and_arguments_are_part_of_a_suite(tmp_path: Path) -> None:
+    first = judged_by(tmp_path / "a", CODE)
+    assert judged_by(tmp_path / "b", CODE).settings == first.settings  # wherever the files lie
+    edited = judged_by(tmp_path / "a", CODE.replace("[weight for", "[weight / 2 for"))
+    assert edited.settings["reward"] != first.settings["reward"]
+    assert edited.settings["prompts"] == first.settings["prompts"]
+    weighted = judged_by(tmp_path / "a", CODE, weight="0.25")
+    assert weighted.settings == first.settings | {"weight": "0.25"}
+    image = Image.new("RGB", (8, 8))
+    assert weighted.score(image, weighted.records[0]).values == {"bright": 0.25}
+    other = judged_by(tmp_path / "a", CODE, prompt="a cave")
+    assert other.settings["prompts"] != first.settings["prompts"]
+
+
+def test_a_changed_reward_is_neither_reused_nor_paired(tmp_path: Path) -> None:
+    def evaluated(code: str, out: str) -> list[tuple[str, int]]:
+        suite = judged_by(tmp_path / "files", code)
+        policy = StandInPolicy(load_suite("geneval-scenes", 1).records, 0.0)
+        policy.metadata = dict.fromkeys(["a lamp"], next(iter(policy.metadata.values())))
+        evaluate(policy, suite, tmp_path / out, seeds=1, weights="w")
+        return policy.generated
+
+    assert len(evaluated(CODE, "results/a")) == 1
+    assert len(evaluated(CODE, "results/b")) == 0  # taken over
+    changed = CODE.replace("[weight for", "[-weight for")
+    with pytest.raises(RunError, match="reward is 'bright of source"):
+        evaluated(changed, "results/a")
+    assert len(evaluated(changed, "results/c")) == 1
+    with pytest.raises(RunError, match=r"judged differently: reward is 'bright of source"):
+        compare(tmp_path / "results/a", tmp_path / "results/c")
+
+
+def test_a_plug_in_suite_is_known_by_its_code(tmp_path: Path) -> None:
+    builder = tmp_path / "my_suite.py"
+    builder.write_text(
+        "from evals.suites import Metric, SampleScore, Suite\n"
+        "def build(weights='none'):\n"
+        "    record = {'prompt': 'a', 'prompt_id': 'a', 'metadata': {'tag': 't'}}\n"
+        "    score = lambda image, record: SampleScore({'m': 1.0}, '')\n"
+        "    return Suite('mine', 'Mine', 1, (record,), score, {'m': Metric('M')}, None)\n"
+    )
+    spec = spec_from_file_location("my_suite", builder)
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    register_suite("my-suite-of-a-test")(module.build)
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    (weights / "part").write_bytes(b"1")
+    options = {"weights": str(weights)}
+    first = load_suite("my-suite-of-a-test", options=options).settings
+    assert first.keys() == {"weights", "source"}
+    assert load_suite("my-suite-of-a-test", options=options).settings == first
+    (weights / "part").write_bytes(b"2")
+    second = load_suite("my-suite-of-a-test", options=options).settings
+    assert second["weights"] != first["weights"]
+    builder.write_text(builder.read_text().replace("1.0", "0.0"))
+    assert load_suite("my-suite-of-a-test", options=options).settings["source"] != first["source"]

@@ -58,6 +58,7 @@ COMPARISON = {
     "tasks": {"colors": entry(low=None, high=None)},
     "others": {"soft": entry(mean=0.1)},
     "layout_diversity": None,
+    "not_scored": {},
 }
 
 

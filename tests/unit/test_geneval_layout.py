@@ -11,9 +11,11 @@ from PIL import Image
 from cli.main import main
 from common.errors import DataError, RunError
 from evals.compare import compare
-from evals.geneval_layout import export_geneval, import_geneval
+from evals.geneval_layout import export_geneval, import_geneval, suite_judged_by_the_script
 from evals.results import load_results
 from evals.run import evaluate
+
+OFFICIAL = Path(__file__).parents[3] / "shared" / "geneval" / "evaluation_metadata.jsonl"
 
 
 @pytest.fixture
@@ -69,10 +71,14 @@ def test_verdicts_come_back_to_their_pictures(evaluated: Path, tmp_path: Path) -
     export_geneval(load_results(evaluated), tmp_path / "layout")
     judge_like_the_script(tmp_path / "layout", tmp_path / "verdicts.jsonl")
     results = import_geneval(tmp_path / "verdicts.jsonl", tmp_path / "back")
-    assert results["suite"]["name"] == "geneval"
+    # made for another suite, so not GenEval, and judged by another judge than its own results
+    assert results["suite"]["name"] == "toy-scenes"
+    assert results["suite"]["title"] == "toy-scenes, judged by GenEval's own script"
+    with pytest.raises(RunError, match="judged differently: judge is None there and 'evaluate_im"):
+        compare(evaluated, tmp_path / "back")
     assert results["policy"] == {"name": "back", "hash": "w"}
     assert results["overall"]["strict"]["mean"] == 1.0
-    assert "judged elsewhere" in results["suite"]["not_comparable"]
+    assert results["suite"]["not_comparable"] == "these are not the prompts of GenEval"
     ours = {(s["prompt_id"], s["index"]): s for s in load_results(evaluated).samples}
     back = load_results(tmp_path / "back").samples
     assert len(back) == 12
@@ -141,4 +147,26 @@ def test_the_verb_goes_both_ways(
     assert main(["geneval", "import", str(tmp_path / "v.jsonl"), "--out", out]) == 0
     shown = capsys.readouterr().out
     assert "wrote 12 pictures" in shown
-    assert "comparable with the leaderboard: no, judged elsewhere" in shown
+    assert "comparable with the leaderboard: no, these are not the prompts of GenEval" in shown
+
+
+@pytest.mark.skipif(not OFFICIAL.is_file(), reason="the official file is not here")
+def test_the_official_prompts_are_known_as_genevals() -> None:
+    rows = [json.loads(line) for line in OFFICIAL.read_text().splitlines()]
+    suite = suite_judged_by_the_script([{}], rows)
+    assert (suite["name"], suite["title"]) == ("geneval", "GenEval")
+    assert suite["not_comparable"].startswith("judged elsewhere")
+    rows[5]["prompt"] += "!"
+    assert suite_judged_by_the_script([{}], rows)["name"] == "geneval-format"
+    made = [{"suite": "geneval", "suite_version": 2}]  # by the pictures themselves
+    assert suite_judged_by_the_script(made, rows[:3])["name"] == "geneval"
+
+
+def test_an_import_that_fails_leaves_nothing_behind(evaluated: Path, tmp_path: Path) -> None:
+    export_geneval(load_results(evaluated), tmp_path / "layout")
+    judge_like_the_script(tmp_path / "layout", tmp_path / "v.jsonl")
+    next((tmp_path / "layout" / "00003").rglob("*.png")).write_bytes(b"no picture")
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(OSError, match="cannot identify"):
+        import_geneval(tmp_path / "v.jsonl", tmp_path / "back")
+    assert sorted(path.name for path in tmp_path.iterdir()) == before

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from common.bootstrap import satterthwaite
 from common.statistics import (
     Components,
     clusters_needed,
@@ -28,6 +29,7 @@ def binary_prompts(rng: np.random.Generator, prompts: int, seeds: int) -> tuple[
 
 def test_mean_and_counts() -> None:
     estimate = mean_interval([1, 0, 1, 1], ["a", "a", "b", "b"], resamples=200)
+    assert estimate.low is None  # of two clusters
     assert estimate.mean == pytest.approx(0.75)
     assert (estimate.clusters, estimate.samples) == (2, 4)
 
@@ -255,17 +257,42 @@ def test_random_sign_flips_agree_with_enumeration() -> None:
 
 
 def test_no_difference_at_all() -> None:
-    result = paired_difference([1, 0, 1], [1, 0, 1], ["a", "b", "c"], resamples=100)
-    reach = 2 * (1 - 0.025 ** (1 / 3))
+    result = paired_difference([1, 0, 1, 0, 1], [1, 0, 1, 0, 1], list("abcde"), resamples=100)
+    reach = 1 - 0.025 ** (1 / 5)  # the share of other prompts, each 1 off at most
     assert (result.mean, result.p_value) == (0.0, 1.0)
     assert (result.low, result.high) == pytest.approx((-reach, reach))
 
 
-def test_one_prompt_has_no_interval() -> None:
-    estimate = mean_interval([1.0, 0.0], ["a", "a"])
-    assert estimate.low is None
-    assert estimate.high is None
-    assert estimate.standard_error is None
+@pytest.mark.parametrize("clusters", [1, 4])
+def test_fewer_than_five_prompts_have_no_interval(clusters: int) -> None:
+    values = [float(i % 2) for i in range(2 * clusters)]
+    names = [i // 2 for i in range(2 * clusters)]
+    estimate = mean_interval(values, names)
+    assert estimate.mean == 0.5
+    assert (estimate.low, estimate.high, estimate.standard_error) == (None, None, None)
+    difference = paired_difference([0.0] * len(values), values, names)
+    assert (difference.low, difference.minimum_detectable) == (None, None)
+    assert difference.p_value <= 1
+
+
+def test_a_task_of_a_single_prompt_leaves_the_mean_over_tasks_without_an_interval() -> None:
+    values = [0.0, 1.0, 0.0, 1.0, 0.0, 1.0, 1.0]
+    assert mean_interval(values, range(7), ["a"] * 6 + ["b"]).low is None
+    assert mean_interval(values, range(7), ["a"] * 5 + ["b"] * 2).low is not None
+
+
+def test_equal_amounts_of_unknown_range_have_no_interval() -> None:
+    assert mean_interval([21.5] * 20, range(20)).low is None
+    assert paired_difference([21.5] * 20, [22.5] * 20, range(20)).low == pytest.approx(
+        1 - 2 * (1 - 0.025 ** (1 / 20))  # of values between 21.5 and 22.5 others lose 1 at most
+    )
+
+
+def test_degrees_of_freedom_by_hand() -> None:
+    assert satterthwaite([2.0, 2.0], [4, 4]) == pytest.approx(8)  # equal parts add up
+    assert satterthwaite([1.0, 0.0], [5, 100]) == pytest.approx(5)
+    # (3 + 1)^2 / (9 / 6 + 1 / 2)
+    assert satterthwaite([3.0, 1.0], [6, 2]) == pytest.approx(8)
 
 
 def test_all_correct_is_not_certainty() -> None:
@@ -312,10 +339,64 @@ def test_equal_differences_do_not_make_a_sure_thing() -> None:
     found = paired_difference([0.0] * 16, [1.0] * 16, [i // 2 for i in range(16)])
     share = 1 - 0.025 ** (1 / 8)
     assert found.mean == 1.0
-    assert found.low == pytest.approx(1 - 2 * share)
+    assert (found.low, found.high) == pytest.approx((1 - 2 * share, 1.0))
     assert found.minimum_detectable == pytest.approx(2 * share)
-    few = paired_difference([0.0] * 3, [1.0] * 3, range(3))
-    assert few.low is not None
-    assert few.low < 0
-    same = paired_difference([1.0] * 8, [1.0] * 8, range(8))
-    assert same.low == -same.high == pytest.approx(-2 * share)
+
+
+# --- the suite that is used: tasks of 5 to 40 prompts --------------------------------------------
+
+SIZES = (6, 6, 6, 10, 12, 40, 40)
+"""Independent prompts of the tasks of the scene world's suite with signs."""
+RATES = (0.95, 0.8, 0.6, 0.8, 0.3, 0.4, 0.9)
+
+
+def correlated(rng: np.random.Generator, mean: float, shape: tuple[int, int]) -> np.ndarray:
+    """0/1 outcomes [prompts, seeds] whose pictures of one prompt correlate at 1 / 3."""
+    rates = rng.beta(2 * mean, 2 * (1 - mean), size=(shape[0], 1))
+    return (rng.random(shape) < rates).astype(float)
+
+
+@pytest.mark.parametrize("prompts", [5, 8, 40])
+@pytest.mark.parametrize("rate", [0.5, 0.85])
+def test_intervals_of_few_prompts_cover_the_truth(prompts: int, rate: float) -> None:
+    rng = np.random.default_rng(prompts)
+    clusters = [p for p in range(prompts) for _ in range(4)]
+    runs, covered = 300, 0
+    for run in range(runs):
+        values = correlated(rng, rate, (prompts, 4))
+        found = mean_interval(values, clusters, resamples=1000, seed=run)
+        covered += found.low <= rate <= found.high
+    assert covered / runs >= 0.93 - 3 * (0.93 * 0.07 / runs) ** 0.5  # may be wide, not narrow
+
+
+@pytest.mark.parametrize("rates", [RATES, (0.97,) * 7])
+def test_the_mean_over_tasks_of_unequal_size_covers_the_truth(rates: tuple[float, ...]) -> None:
+    """The plain expanded bootstrap covers 0.92 and 0.85 here."""
+    rng = np.random.default_rng(4)
+    clusters = [(t, p) for t, size in enumerate(SIZES) for p in range(size) for _ in range(4)]
+    tasks = [t for t, _ in clusters]
+    runs, covered = 200, 0
+    for run in range(runs):
+        parts = [correlated(rng, rate, (k, 4)) for rate, k in zip(rates, SIZES, strict=True)]
+        values = np.concatenate([part.ravel() for part in parts])
+        found = mean_interval(values, clusters, tasks, resamples=500, seed=run)
+        covered += found.low <= np.mean(rates) <= found.high
+    assert covered / runs >= 0.91
+
+
+def test_two_equal_policies_on_tasks_of_unequal_size_are_seldom_told_apart() -> None:
+    rng = np.random.default_rng(5)
+    clusters = [(t, p) for t, size in enumerate(SIZES) for p in range(size) for _ in range(4)]
+    tasks = [t for t, _ in clusters]
+    runs, excluded, rejected = 200, 0, 0
+    for run in range(runs):
+        sides = []
+        rates = [rng.beta(2 * m, 2 * (1 - m), (k, 1)) for m, k in zip(RATES, SIZES, strict=True)]
+        for _ in range(2):
+            drawn = [(rng.random((len(r), 4)) < r).astype(float).ravel() for r in rates]
+            sides.append(np.concatenate(drawn))
+        found = paired_difference(*sides, clusters, tasks, resamples=500, seed=run)
+        excluded += found.low > 0 or found.high < 0
+        rejected += found.p_value <= 0.05
+    assert excluded / runs <= 0.10  # 0.05 and three standard errors
+    assert rejected / runs <= 0.10

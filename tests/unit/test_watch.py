@@ -131,6 +131,13 @@ def test_reward_up_and_held_out_down_is_called_out() -> None:
     found = alarms(HEALTHY, falling, groups=12)
     assert set(found) == {"reward hacking"}
     assert "from 0.600 (step 10) to 0.420" in found["reward hacking"]
+    # The same fall is chance where a point's standard error is 0.06: 2.5 * 0.085 = 0.21.
+    noisy = [{**row, "standard_error": 0.06} for row in falling]
+    assert alarms(HEALTHY, noisy, groups=12) == {}
+    sure = [held_out(0, 0.4), held_out(10, 0.6), held_out(30, 0.55)]
+    assert alarms(HEALTHY, sure, groups=12) == {}
+    sure = [{**row, "standard_error": 0.01} for row in sure]
+    assert set(alarms(HEALTHY, sure, groups=12)) == {"reward hacking"}
     # With the reward falling too, it is not the reward that is gamed.
     worse = [row(step, reward=1 - 0.01 * step) for step in range(1, 31)]
     assert alarms(worse, falling, groups=12) == {}
