@@ -9,7 +9,7 @@ from pathlib import Path
 
 from common.atomic import atomic_dir
 from common.errors import DataError
-from data.pictures import UnreadablePicture, read_picture
+from common.pictures import UnreadablePicture, decode_picture
 from data.shards import PICTURES
 
 
@@ -93,7 +93,7 @@ def find_pictures(folder: Path) -> list[Path]:
 def _members(path: Path) -> Iterator[tuple[str, bytes]]:
     """Yield (extension, bytes) of a sample; raise UnreadablePicture if it is not whole."""
     data = path.read_bytes()
-    read_picture(data)
+    decode_picture(data)
     caption = path.with_suffix(".txt")
     if not caption.is_file():
         raise UnreadablePicture(f"there is no {caption.name} beside it")
@@ -110,6 +110,6 @@ def _members(path: Path) -> Iterator[tuple[str, bytes]]:
         reference = path.with_name(f"{path.stem}.reference.{extension}")
         if reference.is_file():
             data = reference.read_bytes()
-            read_picture(data)
+            decode_picture(data)
             yield f"reference.{extension}", data
             return

@@ -241,7 +241,7 @@ def pretrain(
     if train.compile:
         policy.ar.model.compile(dynamic=True)
     arguments = training_arguments(recipe, run_dir, policy.device)
-    collator = Collator(policy.config.pad_id, policy.config.image_start_id)
+    collator = Collator(policy)
     encoder = BatchEncoder(policy, collator, _context(recipe, policy), bool(loss.flow_matching))
     with PartialState().main_process_first():
         corpus, samples, faults = _corpus(recipe, policy, run_dir, progress)
@@ -348,7 +348,13 @@ def _corpus(
     length = recipe.train.steps * recipe.train.batch_size
     if data.source != "scenes":
         index = shard_index(data.source, bool(data.references), run_dir, progress)
-        shards = Shards(index, policy.config.image_size, seed)
+        whole = "squashed_tokens" in policy.config.compatibility
+        shards = Shards(
+            index,
+            policy.config.image_size,
+            seed,
+            squashed_side=policy.config.tokenizer_image_size if whole else None,
+        )
         return PictureCorpus(shards, seed=seed, length=length), len(index.rows), index.faults
     if data.references:
         return PictureCorpus(SceneEdits(seed), seed=seed, length=length), length, ()
