@@ -23,7 +23,7 @@ def to_pixels(picture: Image.Image) -> Tensor:
 
 
 def reference_pixels(picture: Image.Image, config: PolicyConfig) -> Tensor:
-    """Return pixels [1, 3, H, W] of a picture to edit, cut and resized as training from shards does.
+    """Return pixels [1, 3, H, W] of a picture to edit, the square that training sees.
 
     For a policy with the switch `squashed_tokens` it stays whole: its tokens describe all of it.
     """

@@ -63,9 +63,9 @@ class JointLoss(nn.Module):
 
     Cross-entropy is taken over the image rows of the vocabulary, the only legal tokens.
     With the policy's switch `tail_slice` the head is conditioned on the last rows of the batch, as
-    published. `condition_dropout` gives a sample the null condition of sampling; `hidden_noise` (in units of
-    their standard deviation) is added to the hidden states, so that the head tolerates the drift
-    that RL causes. With `bf16` products are computed in bfloat16, whatever the weights are.
+    published. `condition_dropout` gives a sample the null condition of sampling; `hidden_noise` (in
+    units of their standard deviation) is added to the hidden states, so that the head tolerates the
+    drift that RL causes. With `bf16` products are computed in bfloat16, whatever the weights are.
 
     Only the parts that can learn are registered. The image tokenizer and the autoencoder make the
     batches and stay outside, so that nobody shards or averages them.

@@ -212,6 +212,19 @@ def test_too_many_bad_samples_stop_the_run(run, tmp_path):
     assert sum(row.get("event") == "skipped" for row in rows) >= 3
 
 
+def test_torn_and_unreadable_samples_are_judged_together(run, tmp_path):
+    """2 torn of 252 are let pass, so is 1 unreadable of 250, and both are more than 1 %."""
+    torn = [("t1.png", png()), ("t2.png", png())]
+    bad = [("bad.png", b"x"), ("bad.txt", b"x")]
+    whole = numbered(249)
+    options = ("train.steps=3", "train.batch_size=100", "policy.lora={rank: 1}", "log.every=3")
+    for name, extra in (("torn", [*numbered(1, 249), *torn]), ("bad", bad)):
+        run(name, *options, source=write_tar(tmp_path / name / "a.tar", [*whole, *extra]))
+    both = write_tar(tmp_path / "both" / "a.tar", [*whole, *bad, *torn])
+    with pytest.raises(DataError, match=r"0\.8% of all are not whole: together more than 1%"):
+        run("both-run", *options, source=both)
+
+
 def test_shards_with_too_many_torn_samples_are_refused_and_leave_no_run(run, tmp_path):
     members = [*numbered(20), ("a.png", png()), ("b.png", png())]
     with pytest.raises(DataError, match=r"(?s)2 of the 22 samples.*a: no caption") as caught:
@@ -376,6 +389,7 @@ def test_the_twins_train_alike(name):
         ("loss={cross_entropy: 0, flow_matching: 0}", "loss.cross_entropy"),
         ("policy.routes=[noise_space]", "policy.routes"),
         ("data.source=x.tar data.tasks={colors: 1}", "data.tasks"),
+        ("data.workers=2", "data.workers"),
         ("data.source=x.tar loss.draws=per_batch", "loss.draws"),
         ("trainable=[connector] policy.lora={rank: 2}", "policy.lora"),
         ("train.deepspeed=zero2 train.optimizer=muon", "train.optimizer"),

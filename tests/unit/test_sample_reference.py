@@ -6,14 +6,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from picture_folder import encoded, png, write_tar
+from PIL import Image
 from published_checkpoint import edit_policy
 
 from cli.main import main
+from data.shards import Shards, build_index
 from evals.policy_hash import policy_hash
 from policy import Policy
-from data.shards import Shards, build_index
 from policy.pixels import reference_pixels, to_pixels
 
 
