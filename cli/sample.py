@@ -81,9 +81,9 @@ def register(app: typer.Typer) -> None:
             weights = policy_hash(model)
             pixels = None
             if shown is not None:
-                from policy.pixels import to_pixels
+                from policy.pixels import reference_pixels
 
-                pixels = to_pixels(shown)[None]
+                pixels = reference_pixels(shown, model.config)
             progress.finish("load")
             progress.start("sample", len(prompts) * n)
             rows: list[list[Image]] = []

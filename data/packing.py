@@ -9,7 +9,7 @@ from pathlib import Path
 
 from common.atomic import atomic_dir
 from common.errors import DataError
-from data.pictures import UnreadablePicture, read_picture
+from common.pictures import UnreadablePicture, decode_picture
 from data.shards import PICTURES
 
 
@@ -44,6 +44,7 @@ def pack(
     shards: list[Path] = []
     count = 0
     keys: dict[str, Path] = {}
+    files = _Files()
     with atomic_dir(out) as staged, ExitStack() as current:
         for path in pictures:
             done()
@@ -55,7 +56,7 @@ def pack(
                 )
             keys[key] = path
             try:
-                members = list(_members(path))
+                members = list(_members(path, files))
             except UnreadablePicture as error:
                 left_out.append(f"{path}: {error}")
                 continue
@@ -90,13 +91,13 @@ def find_pictures(folder: Path) -> list[Path]:
     )
 
 
-def _members(path: Path) -> Iterator[tuple[str, bytes]]:
+def _members(path: Path, files: "_Files") -> Iterator[tuple[str, bytes]]:
     """Yield (extension, bytes) of a sample; raise UnreadablePicture if it is not whole."""
     data = path.read_bytes()
-    read_picture(data)
-    caption = path.with_suffix(".txt")
-    if not caption.is_file():
-        raise UnreadablePicture(f"there is no {caption.name} beside it")
+    decode_picture(data)
+    caption = files.beside(path, "txt")
+    if caption is None:
+        raise UnreadablePicture(f"there is no {path.stem}.txt beside it")
     text = caption.read_bytes()
     try:
         empty = not text.decode("utf-8").strip()
@@ -107,9 +108,27 @@ def _members(path: Path) -> Iterator[tuple[str, bytes]]:
     yield path.suffix.lower().lstrip("."), data
     yield "txt", text
     for extension in PICTURES:
-        reference = path.with_name(f"{path.stem}.reference.{extension}")
-        if reference.is_file():
+        reference = files.beside(path, f"reference.{extension}")
+        if reference is not None:
             data = reference.read_bytes()
-            read_picture(data)
+            decode_picture(data)
             yield f"reference.{extension}", data
             return
+
+
+class _Files:
+    """The files of one folder after another, found by name with the ending in any case."""
+
+    def __init__(self) -> None:
+        self._folder: Path | None = None
+        self._names: dict[str, list[Path]] = {}
+
+    def beside(self, picture: Path, ending: str) -> Path | None:
+        """Return the file `STEM.ending` beside STEM.jpg."""
+        if picture.parent != self._folder:
+            self._folder, self._names = picture.parent, {}
+            for file in sorted(picture.parent.iterdir()):
+                self._names.setdefault(file.name.lower(), []).append(file)
+        named = self._names.get(f"{picture.stem}.{ending}".lower(), [])
+        own = (file for file in named if file.name.startswith(f"{picture.stem}."))
+        return next((file for file in own if file.is_file()), None)

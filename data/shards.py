@@ -9,15 +9,16 @@ resumed run goes on at the next position, in the middle of an epoch too.
 import re
 import tarfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
 from common.errors import DataError
+from common.pictures import UnreadablePicture, decode_picture
 from common.seeds import counter_seed
-from data.pictures import Sample, UnreadablePicture, read_picture, square
+from data.pictures import Sample, centre_square, squashed
 
 PICTURES = ("jpg", "jpeg", "png", "webp")
 BLOCK_SHARDS = 16
@@ -158,17 +159,26 @@ class Shards:
     """An endless sequence of samples: epoch after epoch, each in its own order.
 
     In an epoch the shards are shuffled, and so are the samples of each `BLOCK_SHARDS` of them.
+    Pictures are cut to their centre square; with `squashed_side`, samples have each of them
+    squashed into a square of that side as well.
     """
 
-    def __init__(self, index: Index, side: int, seed: int) -> None:
+    def __init__(
+        self, index: Index, side: int, seed: int, squashed_side: int | None = None
+    ) -> None:
         self.index = index
         self.side = side
         self.seed = seed
+        self.squashed_side = squashed_side
         counts = np.bincount(index.rows[:, _SHARD], minlength=len(index.paths))
         self._counts = counts
         self._starts = np.concatenate([[0], counts.cumsum()])
         self._block = lru_cache(maxsize=2)(self._block_rows)
         self._ends = lru_cache(maxsize=2)(self._block_ends)
+
+    def __reduce__(self) -> tuple[type["Shards"], tuple[object, ...]]:
+        """Travel to a spawned process without the caches, which cannot."""
+        return Shards, (self.index, self.side, self.seed, self.squashed_side)
 
     def __getitem__(self, position: int) -> Sample:
         """Return the sample at a position; an unreadable one is replaced by the next.
@@ -179,11 +189,11 @@ class Shards:
         for offset in range(TRIES):
             row = self.row(position + offset)
             try:
-                image, caption, reference = self._read(row)
+                sample = self._read(row)
             except UnreadablePicture as error:
                 skipped.append(f"{self._name(row)}: {error}")
                 continue
-            return Sample(image, caption, reference, tuple(skipped))
+            return replace(sample, skipped=tuple(skipped))
         raise DataError(
             f"{TRIES} samples in a row cannot be read, such as {skipped[0]}.\n"
             "    Fix: check the shards with `tar -tvf`, or pack them again."
@@ -212,7 +222,7 @@ class Shards:
         rng = np.random.default_rng(counter_seed(self.seed, "samples", epoch, block))
         return rng.permutation(rows)
 
-    def _read(self, row: int) -> tuple[np.ndarray, str, np.ndarray | None]:
+    def _read(self, row: int) -> Sample:
         place = self.index.rows[row]
         try:
             caption = self._bytes(place, _CAPTION).decode("utf-8").strip()
@@ -220,10 +230,16 @@ class Shards:
             raise UnreadablePicture("the caption is not UTF-8") from error
         if not caption:
             raise UnreadablePicture("the caption is empty")
-        image = square(read_picture(self._bytes(place, _IMAGE)), self.side)
+        image, whole = self._squares(place, _IMAGE)
         if not place[_REFERENCE + 1]:
-            return image, caption, None
-        return image, caption, square(read_picture(self._bytes(place, _REFERENCE)), self.side)
+            return Sample(image, caption, squashed=whole)
+        reference, whole_reference = self._squares(place, _REFERENCE)
+        return Sample(image, caption, reference, (), whole, whole_reference)
+
+    def _squares(self, place: np.ndarray, column: int) -> tuple[np.ndarray, np.ndarray | None]:
+        picture = decode_picture(self._bytes(place, column))
+        whole = squashed(picture, self.squashed_side) if self.squashed_side else None
+        return centre_square(picture, self.side), whole
 
     def _bytes(self, place: np.ndarray, column: int) -> bytes:
         offset, size = place[column], place[column + 1]

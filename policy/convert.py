@@ -23,6 +23,9 @@ from policy.quiet import quiet_libraries
 UPSTREAM = "upstream"
 """Folder of a policy for what the published checkpoint holds and no picture depends on."""
 
+LACKING = "lacking.json"
+"""In that folder: parts that came from another file, so the way back leaves them out."""
+
 WEIGHTS = {
     "diffusion": "diffusion_pytorch_model.safetensors",
     "vae": "diffusion_pytorch_model.safetensors",
@@ -38,7 +41,7 @@ def convert(checkpoint: Path, diffusion: str, image_tokenizer: Path, out: Path) 
     that names the file, key or tensor, before anything is written; `out` must not exist.
     """
     facts = read_json(checkpoint / "config.json")
-    for key in (*_IDS, "image_end_token_id", "num_image_tokens", "num_scale_tokens", "vocab_size"):
+    for key in (*_IDS, "image_end_token_id", "num_image_tokens", "num_scale_tokens", *_SIZES):
         if key not in facts:
             raise PolicyError(
                 f"{checkpoint}/config.json has no {key}.\n    Fix: give a BLIP3o-NEXT checkpoint."
@@ -73,6 +76,7 @@ def convert(checkpoint: Path, diffusion: str, image_tokenizer: Path, out: Path) 
             weights = {inside[name]: tensor for name, tensor in tensors.read([*inside])}
             if part == "image_tokenizer" and not weights:
                 weights = _file_weights(tokenizer_file)
+                (folder / UPSTREAM / LACKING).write_text(json.dumps([part]) + "\n")
             if weights:
                 file = folder / part / WEIGHTS.get(part, "model.safetensors")
                 save_file(weights, file, metadata={"format": "pt"})
@@ -95,7 +99,12 @@ def to_upstream(policy: Path, out: Path) -> int:
     facts = read_json(kept / "config.json")
     if config.routes != published_format.routes_of(facts):
         facts |= published_format.flags_of(config.routes)
-    folders = [place for place in sorted(policy.iterdir()) if any(place.glob("*.safetensors"))]
+    lacking = json.loads((kept / LACKING).read_text()) if (kept / LACKING).is_file() else []
+    folders = [
+        place
+        for place in sorted(policy.iterdir())
+        if any(place.glob("*.safetensors")) and place.name not in lacking
+    ]
     with atomic_dir(out) as folder:
         where: dict[str, str] = {}
         for number, place in enumerate(folders, 1):
@@ -110,7 +119,7 @@ def to_upstream(policy: Path, out: Path) -> int:
         index = {"metadata": {}, "weight_map": where}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
         for file_path in kept.glob("*.*"):
-            if file_path.suffix != ".safetensors":
+            if file_path.suffix != ".safetensors" and file_path.name != LACKING:
                 shutil.copyfile(file_path, folder / file_path.name)
         (folder / "config.json").write_text(json.dumps(facts, indent=2) + "\n")
     return len(where)
@@ -129,17 +138,19 @@ def _empty_parts(
     kept["tie_word_embeddings"] = _is_tied(facts, tensors)
     diffusion_config = read_json(config_file(diffusion, "transformer/config.json"))
     vae_config = read_json(config_file(diffusion, "vae/config.json"))
-    width = int(diffusion_config["caption_channels"])
+    head = SanaTransformer2DModel.from_config(diffusion_config)
+    vae = AutoencoderDC.from_config(vae_config)
+    width = int(head.config.caption_channels)
     parts: dict[str, Any] = {
         "ar": Qwen3ForCausalLM(Qwen3Config(**kept)),
         "image_tokenizer": ImageTokenizer(tokenizer_file.config()),
         "connector": Connector(int(facts["hidden_size"]), width),
-        "diffusion": SanaTransformer2DModel.from_config(diffusion_config),
-        "vae": AutoencoderDC.from_config(vae_config),
+        "diffusion": head,
+        "vae": vae,
     }
     stored = any(name.startswith("model.und_image_vae_connector.") for name in tensors.shapes)
     if stored or "cross_attention" in published_format.routes_of(facts):
-        parts["reference_connector"] = Connector(int(vae_config["latent_channels"]), width)
+        parts["reference_connector"] = Connector(int(vae.config.latent_channels), width)
     return parts
 
 
@@ -210,6 +221,11 @@ def _file_weights(tokenizer_file: PublishedTokenizer) -> dict[str, Tensor]:
 # --- the description -----------------------------------------------------------------------------
 
 
+_SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads",
+)  # fmt: skip
+"""What config.json has to say of the language model; of the rest Qwen3 has defaults."""
 _IDS = {
     "image_start_tag_id": "<im_start>",
     "image_end_tag_id": "<im_end>",
@@ -244,7 +260,7 @@ def _describe(
     edits = routes or "reference_connector" in parts
     return PolicyConfig(
         image_size=head.sample_size * scale,
-        tokenizer_image_size=int(tokenizer_file.args["input_size"]),
+        tokenizer_image_size=tokenizer_file.image_size(),
         grid=grid,
         latent_channels=vae.latent_channels,
         latent_size=head.sample_size,

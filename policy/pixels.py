@@ -6,6 +6,9 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from data.pictures import centre_square
+from policy.config import PolicyConfig
+
 
 def to_images(pixels: Tensor) -> list[Image.Image]:
     """Return PIL pictures of pixels [B, 3, H, W] in [0, 1]."""
@@ -17,6 +20,16 @@ def to_pixels(picture: Image.Image) -> Tensor:
     """Return pixels float32 [3, H, W] in [-1, 1] of an RGB picture."""
     array = np.array(picture.convert("RGB"), dtype=np.float32)
     return torch.from_numpy(array).permute(2, 0, 1) / 127.5 - 1
+
+
+def reference_pixels(picture: Image.Image, config: PolicyConfig) -> Tensor:
+    """Return pixels [1, 3, H, W] of a picture to edit, the square that training sees.
+
+    For a policy with the switch `squashed_tokens` it stays whole: its tokens describe all of it.
+    """
+    if "squashed_tokens" not in config.compatibility:
+        picture = Image.fromarray(centre_square(picture, config.image_size))
+    return to_pixels(picture)[None]
 
 
 def square(pixels: Tensor, side: int, crop: bool = True) -> Tensor:

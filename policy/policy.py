@@ -199,36 +199,37 @@ class Policy(nn.Module):
         Returns hidden [B, T, H] after the final norm and log-probs [B, T - 1] of
         `input_ids[:, 1:]`. The mask is honoured, so padded rows do not reach real ones.
         """
-        hidden = self._hidden_states(input_ids, attention_mask)
+        hidden = self.hidden_states(input_ids, attention_mask)
         logits = self.ar.lm_head(hidden[:, :-1]).float()
         chosen = logits.gather(-1, input_ids[:, 1:, None])[..., 0]
         return hidden, chosen - logits.logsumexp(-1)
 
-    def _hidden_states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Hidden states [B, T, H] after the final norm; padding is masked and takes no position."""
-        return self.ar.model(
+    def hidden_states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Return hidden states [B, T, H] after the final norm of sequences padded on either side.
+
+        Padding is masked, and positions count from a row's first real token.
+        """
+        first = attention_mask.argmax(1, keepdim=True)
+        places = torch.arange(input_ids.shape[1], device=input_ids.device)
+        hidden: Tensor = self.ar.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
-            position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0),
+            position_ids=(places - first).clamp(min=0),
             use_cache=False,
         ).last_hidden_state
+        return hidden
 
-    def condition_slice(self, hidden: Tensor, input_ids: Tensor) -> Tensor:
-        """Return rows [B, 1 + N, H] of hidden states [B, T, H]: `<S0>` and the N image tokens.
+    def image_places(self, input_ids: Tensor) -> Tensor:
+        """Return where in `input_ids` [B, T] `<S0>` and the N image tokens stand: int64 [B, 1 + N].
 
-        They follow the last `<im_start>` of each row of `input_ids` [B, T], wherever the padding
-        stands. With the compatibility switch `tail_slice` they are the last rows, whatever they
-        are, as the published training has it (spec section 1.5).
+        They follow the last `<im_start>` of each row, wherever the padding stands.
         """
         rows = 1 + self.config.num_tokens
-        if "tail_slice" in self.config.compatibility:
-            return hidden[:, -rows:]
         starts = input_ids == self.config.im_start_id
         first = input_ids.shape[1] - starts.flip(1).int().argmax(1)
         if not bool(starts.any(1).all()) or int(first.max()) + rows > input_ids.shape[1]:
             raise PolicyError(f"a sequence has no <im_start> that {rows} tokens follow.")
-        index = first[:, None] + torch.arange(rows, device=first.device)
-        return hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
+        return first[:, None] + torch.arange(rows, device=first.device)
 
     def conditions(
         self, hidden: Tensor, *, reference_latents: Tensor | None = None, kept: Tensor | None = None
@@ -329,7 +330,7 @@ class Policy(nn.Module):
         ids = torch.cat([prompts, completion_ids.to(self.device)], 1)
         mask = torch.cat([mask, torch.ones_like(completion_ids, device=self.device)], 1)
         with evaluation_mode(self.ar):
-            hidden = self._hidden_states(ids, mask)
+            hidden = self.hidden_states(ids, mask)
         return hidden[:, -(1 + self.config.num_tokens) :]
 
     @torch.no_grad()

@@ -6,6 +6,7 @@ checkpoint holds every part; a policy folder holds each part apart, under its li
 
 import json
 import math
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,8 +56,9 @@ PREFIXES = (
 LANGUAGE_MODEL_KEYS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings",
-    "initializer_range", "rms_norm_eps", "rope_theta", "rope_parameters", "attention_bias",
-    "attention_dropout", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id",
+    "initializer_range", "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters",
+    "attention_bias", "attention_dropout", "tie_word_embeddings", "bos_token_id", "eos_token_id",
+    "pad_token_id",
 )  # fmt: skip
 
 TOKENIZER_FILES = (
@@ -132,7 +134,10 @@ class Tensors:
 def _weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        files = [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+        where = read_json(index).get("weight_map")
+        if not isinstance(where, dict):
+            raise PolicyError(f"{index} has no weight_map.\n    Fix: download it again.")
+        files = [folder / name for name in sorted(set(where.values()))]
     else:
         files = sorted(folder.glob("*.safetensors"))
     missing = [file for file in files if not file.is_file()]
@@ -157,7 +162,9 @@ class PublishedTokenizer:
         if not file.is_file():
             raise PolicyError(f"{file} is not a file.\n    Fix: give the path of ta_tok.pth.")
         try:
-            facts = torch.load(file, map_location="cpu", weights_only=True, mmap=True)["model"]
+            # The published file keeps its arguments in dictionaries of the package easydict.
+            with torch.serialization.safe_globals([(OrderedDict, "easydict.EasyDict")]):
+                facts = torch.load(file, map_location="cpu", weights_only=True, mmap=True)["model"]
             args, weights = dict(facts["args"]), dict(facts["sd"])
         except Exception as error:  # torch.load has no common error for what it refuses
             told = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -169,35 +176,50 @@ class PublishedTokenizer:
 
     def config(self) -> dict[str, Any]:
         """Return the configuration of a policy's `ImageTokenizer`."""
-        bottleneck = self._get("bottleneck")["args"]
-        regularizer = bottleneck["regularizer"]
-        for key, found, known in (
-            ("input_type", self._get("input_type"), "quant"),
-            ("bottleneck.norm", bottleneck.get("norm", "none"), "none"),
-            ("bottleneck.regularizer", regularizer["name"], "simvq"),
-            ("l2_normalized", regularizer["args"]["l2_normalized"], True),
+        regularizer = "bottleneck.args.regularizer"
+        for key, published, known in (
+            ("input_type", "quant", "quant"),
+            ("bottleneck.args.norm", "none", "none"),
+            (f"{regularizer}.name", None, "simvq"),
+            (f"{regularizer}.args.l2_normalized", False, True),
         ):
+            found = self._get(key, published)
             if found != known:
                 raise PolicyError(f"{self.file}: {key} is {found!r}; only {known!r} is known.")
         return {
             "encoder": self._encoder(),
-            "select_layer": self._get("select_layer_id"),
-            "bottleneck_dim": bottleneck["bottleneck_dim"],
-            "codebook_size": regularizer["args"]["codebook_size"],
+            "select_layer": self._get("select_layer_id", -2),
+            "bottleneck_dim": self._get("bottleneck.args.bottleneck_dim"),
+            "codebook_size": self._get(f"{regularizer}.args.codebook_size"),
         }
 
     def grid(self) -> int:
         """Return image tokens per side."""
-        return math.isqrt(int(self._get("bottleneck_token_num")))
+        return math.isqrt(int(self._get("bottleneck_token_num", 256)))
 
-    def _get(self, key: str) -> Any:
-        if key not in self.args:
-            raise PolicyError(f"{self.file}: model.args has no {key}; give the published file.")
-        return self.args[key]
+    def image_size(self) -> int:
+        """Return the side of the picture that it sees, in pixels."""
+        return int(self._get("input_size", 384))
+
+    def _get(self, key: str, published: Any = None) -> Any:
+        """Return `model.args` at a dotted key, or the default that the published class has.
+
+        Without a default PolicyError names the key.
+        """
+        value: Any = self.args
+        for name in key.split("."):
+            if not isinstance(value, dict) or name not in value:
+                if published is not None:
+                    return published
+                raise PolicyError(
+                    f"{self.file}: model.args has no {key}.\n    Fix: give the published file."
+                )
+            value = value[name]
+        return value
 
     def _encoder(self) -> dict[str, Any]:
         """SigLIP's sizes, from the config of the teacher: a folder beside the file, or a hub id."""
-        teacher = str(self._get("teacher"))
+        teacher = str(self._get("teacher", "google/siglip2-so400m-patch14-384"))
         beside = self.file.parent / Path(teacher).name / "config.json"
         path = beside if beside.is_file() else config_file(teacher, "config.json")
         vision = read_json(path).get("vision_config", {})

@@ -127,6 +127,12 @@ class CaptionedSection(Section):
             if given and (shards or edits):
                 what = "Shards have" if shards else "Edits of the scene world have"
                 raise cross_error(key, f"{what} no {key}.", "remove the key.")
+        if self.workers and not shards:
+            raise cross_error(
+                "workers",
+                "Pictures of the scene world are drawn and encoded in the training process.",
+                "set data.workers to 0.",
+            )
         return self
 
 

@@ -123,8 +123,13 @@ class PictureCorpus(Dataset[Row]):
             "seed": _draw_seed(self.seed, position),
             "skipped": sample.skipped,
         }
-        if sample.reference is not None:
-            row["reference"] = torch.from_numpy(sample.reference.copy())
+        for key, picture in (
+            ("reference", sample.reference),
+            ("squashed", sample.squashed),
+            ("squashed_reference", sample.squashed_reference),
+        ):
+            if picture is not None:
+                row[key] = torch.from_numpy(picture.copy())
         return row
 
 
@@ -138,24 +143,29 @@ def _pixels(pictures: Tensor) -> Tensor:
 
 
 class Collator:
-    """Stack rows into batches, left-padded, so that image tokens end every sequence."""
+    """Stack rows into batches, left-padded, so that image tokens end every sequence.
 
-    def __init__(self, pad_id: int, image_start_id: int) -> None:
-        self.pad_id = pad_id
-        self.image_start_id = image_start_id
+    For a policy with the compatibility switch `tail_slice`, sequences are as the published training
+    had them: the assistant's turn is closed behind the picture, and padding stands on the right.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        config = policy.config
+        self.pad_id = config.pad_id
+        self.image_start_id = config.image_start_id
+        self.ending: list[int] = []
+        if "tail_slice" in config.compatibility:
+            newline = policy.tokenizer("\n", add_special_tokens=False)["input_ids"]
+            self.ending = [config.im_end_id, config.eos_id, *newline]
 
     def __call__(self, rows: list[Row]) -> dict[str, Any]:
         batch: dict[str, Any] = {}
         if "codes" in rows[0]:
             codes = torch.stack([row["codes"] for row in rows])
             batch |= self.sequences([row["prompt_ids"] for row in rows], codes)
-        for key, name in (
-            ("latents", "latents"),
-            ("pixels", "pixels"),
-            ("reference", "references"),
-        ):
+        for key in ("latents", "pixels", "reference", "squashed", "squashed_reference"):
             if key in rows[0]:
-                batch[name] = torch.stack([row[key] for row in rows])
+                batch[key] = torch.stack([row[key] for row in rows])
         if "caption" in rows[0]:
             batch["captions"] = [row["caption"] for row in rows]
             batch["skipped"] = [text for row in rows for text in row["skipped"]]
@@ -166,10 +176,14 @@ class Collator:
     def sequences(self, prompt_ids: Sequence[list[int]], codes: Tensor) -> dict[str, Tensor]:
         """Return input_ids and attention_mask [B, T] of prompts followed by codes [B, N]."""
         prompts, mask = left_pad(prompt_ids, self.pad_id, codes.device)
-        return {
-            "input_ids": torch.cat([prompts, codes + self.image_start_id], 1),
-            "attention_mask": torch.cat([mask, torch.ones_like(codes)], 1),
-        }
+        ending = codes.new_tensor(self.ending).expand(len(codes), -1)
+        ids = torch.cat([prompts, codes + self.image_start_id, ending], 1)
+        mask = torch.cat([mask, torch.ones_like(codes), torch.ones_like(ending)], 1)
+        if self.ending:  # turn each row round until its padding stands on the right
+            places = torch.arange(ids.shape[1], device=ids.device) + mask.argmax(1, keepdim=True)
+            places %= ids.shape[1]
+            ids, mask = ids.gather(1, places), mask.gather(1, places)
+        return {"input_ids": ids, "attention_mask": mask}
 
 
 class BatchEncoder:
@@ -191,26 +205,28 @@ class BatchEncoder:
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Return input_ids, attention_mask, seeds and, for flow matching, latents."""
         policy = self.policy
-        pixels = _pixels(batch["pixels"])
         encoded: dict[str, Any] = {"seeds": batch["seeds"]}
         reference_codes = None
-        if "references" in batch:
-            references = _pixels(batch["references"])
-            reference_codes = policy.encode_images(references)[:, None]
+        if "reference" in batch:
+            reference_codes = self._codes(batch, "reference", "squashed_reference")[:, None]
             if self.with_latents and policy.config.routes:
-                encoded["reference_latents"] = policy.encode_latents(references)
+                encoded["reference_latents"] = policy.encode_latents(_pixels(batch["reference"]))
         prompts = self.prompts(batch["captions"], reference_codes)
-        encoded |= self.collator.sequences(prompts, policy.encode_images(pixels))
+        encoded |= self.collator.sequences(prompts, self._codes(batch, "pixels", "squashed"))
         if self.with_latents:
-            encoded["latents"] = policy.encode_latents(pixels)
+            encoded["latents"] = policy.encode_latents(_pixels(batch["pixels"]))
         return encoded
+
+    def _codes(self, batch: dict[str, Any], square: str, squashed: str) -> Tensor:
+        """Image codes [B, N] of the centre square, or of the whole picture where it is there."""
+        return self.policy.encode_images(_pixels(batch.get(squashed, batch[square])))
 
     def prompts(
         self, captions: Sequence[str], reference_codes: Tensor | None = None
     ) -> list[list[int]]:
         """Return prompt ids that leave room for the image tokens."""
         config = self.policy.config
-        room = self.context - config.num_tokens
+        room = self.context - config.num_tokens - len(self.collator.ending)
         rows = self._prompts.ids(config, captions, reference_codes)
         for i, text in enumerate(captions):
             if len(rows[i]) <= room:

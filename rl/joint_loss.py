@@ -62,9 +62,10 @@ class JointLoss(nn.Module):
     """The loss of a batch: weights times cross-entropy (nats per token) and flow matching (MSE).
 
     Cross-entropy is taken over the image rows of the vocabulary, the only legal tokens.
-    `condition_dropout` gives a sample the null condition of sampling; `hidden_noise` (in units of
-    their standard deviation) is added to the hidden states, so that the head tolerates the drift
-    that RL causes. With `bf16` products are computed in bfloat16, whatever the weights are.
+    With the policy's switch `tail_slice` the head is conditioned on the last rows of the batch, as
+    published. `condition_dropout` gives a sample the null condition of sampling; `hidden_noise` (in
+    units of their standard deviation) is added to the hidden states, so that the head tolerates the
+    drift that RL causes. With `bf16` products are computed in bfloat16, whatever the weights are.
 
     Only the parts that can learn are registered. The image tokenizer and the autoencoder make the
     batches and stay outside, so that nobody shards or averages them.
@@ -106,43 +107,42 @@ class JointLoss(nn.Module):
     ) -> dict[str, Tensor]:
         """Return {"loss": scalar} and the losses that have a weight, each detached.
 
-        input_ids, attention_mask int64 [B, T], padded on the left and ending with the N image
-        tokens; latents and reference_latents [B, C, S, S]; without seeds, torch's generator draws.
+        input_ids, attention_mask int64 [B, T] as `rl.corpus.Collator` makes them; latents and
+        reference_latents [B, C, S, S]; without seeds, torch's generator draws.
         """
         with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=self.bf16):
-            hidden = self._hidden_rows(input_ids, attention_mask)
+            hidden = self._hidden_states(input_ids, attention_mask)
+            places = self.policy.image_places(input_ids)
+            rows = hidden.take_along_dim(places[..., None], dim=1)
             parts = {}
             if self.weights["cross_entropy"]:
-                parts["cross_entropy"] = self._cross_entropy(hidden, input_ids)
+                tokens = input_ids.take_along_dim(places[:, 1:], dim=1)
+                parts["cross_entropy"] = self._cross_entropy(rows, tokens)
             if self.weights["flow_matching"]:
                 assert latents is not None
+                if "tail_slice" in self.policy.config.compatibility:
+                    rows = hidden[:, -rows.shape[1] :]
                 parts["flow_matching"] = self._flow_matching(
-                    hidden, latents, reference_latents, seeds
+                    rows, latents, reference_latents, seeds
                 )
         loss = torch.zeros((), device=hidden.device)
         for name, value in parts.items():
             loss = loss + self.weights[name] * value
         return {"loss": loss, **{name: value.detach() for name, value in parts.items()}}
 
-    def _hidden_rows(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Hidden states [B, 1 + N, H] at `<S0>` and the image tokens."""
+    def _hidden_states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Hidden states [B, T, H], without a graph if the language model does not learn."""
         learns = any(p.requires_grad for p in self.ar.parameters())
         with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
-            hidden: Tensor = self.ar.model(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0),
-                use_cache=False,
-            ).last_hidden_state
-        return hidden[:, -(1 + self.policy.config.num_tokens) :]
+            return self.policy.hidden_states(input_ids, attention_mask)
 
-    def _cross_entropy(self, hidden: Tensor, input_ids: Tensor) -> Tensor:
+    def _cross_entropy(self, rows: Tensor, tokens: Tensor) -> Tensor:
+        """Of the N image tokens [B, N], each predicted by the row before it."""
         config = self.policy.config
         first = config.image_start_id
         head = self.ar.lm_head.weight[first : first + config.num_image_tokens]
-        logits = F.linear(hidden[:, :-1], head)
-        targets = input_ids[:, -config.num_tokens :] - first
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        logits = F.linear(rows[:, :-1], head)
+        return F.cross_entropy(logits.flatten(0, 1).float(), (tokens - first).flatten())
 
     def _flow_matching(
         self,

@@ -30,6 +30,7 @@ from recipes.schema_pretrain import PretrainRecipe
 from rl.callbacks import InterruptCallback
 from rl.checkpoints import publish
 from rl.corpus import BatchEncoder, Collator, PictureCorpus, Row, SceneCorpus
+from rl.devices import use_one_gpu
 from rl.ema import EmaCallback
 from rl.joint_loss import PARTS, JointLoss
 from rl.optimizers import MuonAdamW
@@ -69,6 +70,7 @@ class JointTrainer(Trainer):
         watch: Watch,
         encoder: BatchEncoder,
         samples: int,
+        torn: int,
         checkpoints: Path,
         keep_last: int,
         ema: EmaCallback | None,
@@ -79,6 +81,7 @@ class JointTrainer(Trainer):
         self._watch = watch
         self._encoder = encoder
         self._samples = samples
+        self._torn = torn / max(torn + samples, 1)
         self._checkpoints = checkpoints
         self._keep_last = keep_last
         self._ema = ema
@@ -122,8 +125,11 @@ class JointTrainer(Trainer):
         if skipped:
             self._bad += len(skipped)
             logs["skipped"] = self._bad
-        if self._encoder.cut:
-            logs["captions_cut"] = self._encoder.cut
+        [cut] = self.accelerator.reduce(
+            torch.tensor([self._encoder.cut], device=self.args.device), "sum"
+        )
+        if cut:
+            logs["captions_cut"] = int(cut)
         super().log(logs, *args, **kwargs)
         if self.is_world_process_zero():
             if skipped:
@@ -132,14 +138,16 @@ class JointTrainer(Trainer):
         self._judge()
 
     def _judge(self) -> None:
-        """Stop when more samples are bad than a whole data set should have."""
+        """Stop when more samples are bad, those torn in the shards included, than one in 100."""
         steps = self.state.global_step - self._initial_global_step
         seen = steps * self.args.train_batch_size * self.args.gradient_accumulation_steps
         seen *= self.args.world_size
         judged = max(seen, min(FEWEST_JUDGED, self._samples))
-        if self._bad > LARGEST_BAD_SHARE * judged:
+        unreadable = self._bad / judged
+        if self._bad and self._torn + (1 - self._torn) * unreadable > LARGEST_BAD_SHARE:
+            torn = f", {self._torn:.1%} of all are not whole: together" if self._torn else ","
             raise DataError(
-                f"{self._bad} of the {seen} samples read so far are bad, more than "
+                f"{self._bad} of the {seen} samples read so far are bad{torn} more than "
                 f"{LARGEST_BAD_SHARE:.0%}; metrics.jsonl names each.\n"
                 "    Fix: repair or remove them, and resume or start again."
             )
@@ -241,7 +249,8 @@ def pretrain(
     if train.compile:
         policy.ar.model.compile(dynamic=True)
     arguments = training_arguments(recipe, run_dir, policy.device)
-    collator = Collator(policy.config.pad_id, policy.config.image_start_id)
+    use_one_gpu(arguments, progress)
+    collator = Collator(policy)
     encoder = BatchEncoder(policy, collator, _context(recipe, policy), bool(loss.flow_matching))
     with PartialState().main_process_first():
         corpus, samples, faults = _corpus(recipe, policy, run_dir, progress)
@@ -274,6 +283,7 @@ def pretrain(
         watch=watch,
         encoder=encoder,
         samples=samples,
+        torn=len(faults),
         checkpoints=run_dir / "checkpoints",
         keep_last=recipe.save.keep_last,
         ema=ema,
@@ -348,7 +358,13 @@ def _corpus(
     length = recipe.train.steps * recipe.train.batch_size
     if data.source != "scenes":
         index = shard_index(data.source, bool(data.references), run_dir, progress)
-        shards = Shards(index, policy.config.image_size, seed)
+        whole = "squashed_tokens" in policy.config.compatibility
+        shards = Shards(
+            index,
+            policy.config.image_size,
+            seed,
+            squashed_side=policy.config.tokenizer_image_size if whole else None,
+        )
         return PictureCorpus(shards, seed=seed, length=length), len(index.rows), index.faults
     if data.references:
         return PictureCorpus(SceneEdits(seed), seed=seed, length=length), length, ()

@@ -32,6 +32,7 @@ from rewards.spec import spec_from
 from rl.callbacks import HeldOutCallback, InterruptCallback, JournalCallback
 from rl.checkpoints import checkpoint_to_resume, step_of
 from rl.decode_check import DecodeCheck, decode_of_journal
+from rl.devices import training_device
 from rl.grpo import ImageGRPOTrainer, Sync
 from rl.lora import lora_config
 from rl.replay import check_saved, refuse_used
@@ -162,10 +163,8 @@ def _run(
 
 def load_policy(recipe: GrpoRecipe) -> Policy:
     """Load the policy that is trained; only its language model learns."""
-    device = recipe.policy.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     path = policy_path(recipe.policy.path)
+    device = training_device(recipe.policy.device)
     policy = Policy.from_pretrained(path, getattr(torch, recipe.policy.dtype), device)
     policy.requires_grad_(False)
     policy.ar.requires_grad_(True)

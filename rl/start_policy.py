@@ -26,6 +26,7 @@ from policy.tiny import (
     tiny_language_model,
 )
 from recipes.schema_pretrain import PretrainRecipe
+from rl.devices import training_device
 from rl.ema import EMA_FILE
 from rl.lora import lora_config
 
@@ -77,10 +78,7 @@ def prepare_policy(recipe: PretrainRecipe) -> tuple[Policy, PeftModel | None]:
     It takes references if the recipe's data have them, and exactly the recipe's parts have
     gradients. Every call gives the same weights.
     """
-    device = recipe.policy.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    policy = load_start(recipe.policy.path, recipe.seed, device)
+    policy = load_start(recipe.policy.path, recipe.seed, training_device(recipe.policy.device))
     if recipe.data.references:
         teach_editing(policy, recipe.policy.routes, recipe.seed)
     policy.requires_grad_(False)

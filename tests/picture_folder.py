@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from data.scene_edits import sample_edit
 from data.scenes import TASKS, caption, render_scene, sample_scene
 
 
@@ -19,6 +20,18 @@ def write_scenes(folder: Path, count: int) -> Path:
         scene = sample_scene(rng, dict.fromkeys(TASKS, 1.0), "train")
         render_scene(scene).save(folder / f"scene{number:03d}.png")
         (folder / f"scene{number:03d}.txt").write_text(caption(scene))
+    return folder
+
+
+def write_edits(folder: Path, count: int) -> Path:
+    """Write edit triples as PNG; every sixth instruction is longer than any context."""
+    folder.mkdir(parents=True)
+    for number in range(count):
+        edit = sample_edit(np.random.default_rng(number), "train")
+        render_scene(edit.after).save(folder / f"edit{number:03d}.png")
+        render_scene(edit.before).save(folder / f"edit{number:03d}.reference.png")
+        words = edit.instruction if number % 6 else "word " * 900
+        (folder / f"edit{number:03d}.txt").write_text(words)
     return folder
 
 

@@ -40,7 +40,7 @@ def batch_of(policy: Policy) -> dict[str, torch.Tensor]:
         }
         for ids in policy.prompt_ids(PROMPTS)
     ]
-    return Collator(policy.config.pad_id, policy.config.image_start_id)(rows)
+    return Collator(policy)(rows)
 
 
 def plain_hidden(policy: Policy, batch) -> torch.Tensor:
@@ -353,7 +353,7 @@ def test_pretraining_lowers_the_loss_it_minimises(policy_folder, tmp_path):
     for name, folder in (("before", policy_folder), ("after", tmp_path / "run" / "policy")):
         policy = Policy.from_pretrained(folder)
         rows = list(islice(SceneCorpus(policy, {"colors": 1.0}, seed=99, length=32), 32))
-        batch = Collator(policy.config.pad_id, policy.config.image_start_id)(rows)
+        batch = Collator(policy)(rows)
         joint = JointLoss(policy, cross_entropy=1, flow_matching=0)
         with torch.no_grad():
             losses[name] = float(joint(**batch)["loss"])

@@ -6,9 +6,11 @@ import signal
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from picture_folder import numbered, png, write_scenes, write_tar
+from picture_folder import encoded, numbered, png, write_scenes, write_tar
+from PIL import Image
 from safetensors.torch import load_file
 
 import rl.corpus
@@ -17,10 +19,12 @@ from common.errors import DataError, Interrupted, RecipeError
 from common.journal import read_journal
 from data.packing import pack
 from policy import Policy, published
+from policy.pixels import to_pixels
 from policy.sampling import left_pad
 from recipes import load_recipe, shipped_recipes
 from rl.build import build, resume
 from rl.corpus import BatchEncoder, Collator
+from rl.joint_loss import JointLoss
 from rl.start_policy import prepare_policy, teach_editing
 
 RECIPE = """
@@ -208,6 +212,19 @@ def test_too_many_bad_samples_stop_the_run(run, tmp_path):
     assert sum(row.get("event") == "skipped" for row in rows) >= 3
 
 
+def test_torn_and_unreadable_samples_are_judged_together(run, tmp_path):
+    """2 torn of 252 are let pass, so is 1 unreadable of 250, and both are more than 1 %."""
+    torn = [("t1.png", png()), ("t2.png", png())]
+    bad = [("bad.png", b"x"), ("bad.txt", b"x")]
+    whole = numbered(249)
+    options = ("train.steps=3", "train.batch_size=100", "policy.lora={rank: 1}", "log.every=3")
+    for name, extra in (("torn", [*numbered(1, 249), *torn]), ("bad", bad)):
+        run(name, *options, source=write_tar(tmp_path / name / "a.tar", [*whole, *extra]))
+    both = write_tar(tmp_path / "both" / "a.tar", [*whole, *bad, *torn])
+    with pytest.raises(DataError, match=r"0\.8% of all are not whole: together more than 1%"):
+        run("both-run", *options, source=both)
+
+
 def test_shards_with_too_many_torn_samples_are_refused_and_leave_no_run(run, tmp_path):
     members = [*numbered(20), ("a.png", png()), ("b.png", png())]
     with pytest.raises(DataError, match=r"(?s)2 of the 22 samples.*a: no caption") as caught:
@@ -226,7 +243,7 @@ def test_a_missing_shard_is_named_and_leaves_no_run(tmp_path, policy_folder, cap
 
 
 def test_a_caption_longer_than_the_context_is_cut_at_its_end(policy):
-    encoder = BatchEncoder(policy, Collator(0, 0), context=36 + 20, with_latents=False)
+    encoder = BatchEncoder(policy, Collator(policy), context=36 + 20, with_latents=False)
     long = "a photo of a red circle and a blue square " * 5
     short, cut = encoder.prompts(["a red ring", long])
     assert [short] == policy.prompt_ids(["a red ring"])
@@ -290,12 +307,12 @@ def test_what_the_loss_sees_of_an_edit(policy_folder):
     """Codes of the reference in the prompt, codes and latents of the target, latents of both."""
     recipe = load_recipe("tiny/edit", [f"policy.path={policy_folder}"]).recipe
     policy, _ = prepare_policy(recipe)
-    collator = Collator(policy.config.pad_id, policy.config.image_start_id)
+    collator = Collator(policy)
     encoder = BatchEncoder(policy, collator, context=512, with_latents=True)
     target, reference = (torch.randint(256, (2, 48, 48, 3), dtype=torch.uint8) for _ in range(2))
     captions = ["make the circle red", "remove the square"]
     batch = encoder(
-        {"pixels": target, "references": reference, "captions": captions, "seeds": [1, 2]}
+        {"pixels": target, "reference": reference, "captions": captions, "seeds": [1, 2]}
     )
     scaled = [p.permute(0, 3, 1, 2) / 127.5 - 1 for p in (target, reference)]
     codes = [policy.encode_images(pixels) for pixels in scaled]
@@ -310,6 +327,38 @@ def test_what_the_loss_sees_of_an_edit(policy_folder):
     first = policy.reference_connector.state_dict()
     again, _ = prepare_policy(recipe)
     assert all(torch.equal(first[k], v) for k, v in again.reference_connector.state_dict().items())
+
+
+@pytest.mark.parametrize("switched", [False, True])
+def test_a_policy_of_squashed_tokens_is_trained_on_the_tokens_of_whole_pictures(
+    switched, policy_folder, tmp_path, run, monkeypatch
+):
+    """The codes that the loss gets; the switch `tail_slice` is on as well, as in released ones."""
+    policy = Policy.from_pretrained(policy_folder)
+    switches = ("squashed_tokens", "tail_slice") if switched else ()
+    policy.config = replace(policy.config, compatibility=switches)
+    policy.save_pretrained(tmp_path / "policy")
+    noise = np.random.default_rng(0).integers(0, 256, (48, 96, 3), dtype=np.uint8)
+    wide = Image.fromarray(noise)
+    source = write_tar(tmp_path / "s" / "a.tar", [("a.png", encoded(wide)), ("a.txt", b"a ring")])
+    seen, real = {}, JointLoss.forward
+
+    def note(joint, **batch):
+        seen.update(batch)
+        return real(joint, **batch)
+
+    monkeypatch.setattr(JointLoss, "forward", note)
+    run("run", f"policy.path={tmp_path / 'policy'}", "train.steps=1", source=source)
+    ids = seen["input_ids"][0]
+    codes = ids[policy.image_places(ids[None])[0, 1:]] - policy.config.image_start_id
+    centre = wide.crop((24, 0, 72, 48))
+    shown = wide.resize((48, 48), Image.Resampling.BILINEAR) if switched else centre
+    assert torch.equal(codes, policy.encode_images(to_pixels(shown)[None])[0])
+    latents = policy.encode_latents(to_pixels(centre)[None])
+    torch.testing.assert_close(seen["latents"][:1], latents)
+    other = policy.encode_images(to_pixels(centre)[None])[0]
+    assert torch.equal(codes, other) != switched
+    assert (int(ids[-1]) == policy.config.image_start_id + int(codes[-1])) != switched
 
 
 # --- the shipped recipes -----------------------------------------------------------------
@@ -342,6 +391,7 @@ def test_the_twins_train_alike(name):
         ("loss={cross_entropy: 0, flow_matching: 0}", "loss.cross_entropy"),
         ("policy.routes=[noise_space]", "policy.routes"),
         ("data.source=x.tar data.tasks={colors: 1}", "data.tasks"),
+        ("data.workers=2", "data.workers"),
         ("data.source=x.tar loss.draws=per_batch", "loss.draws"),
         ("trainable=[connector] policy.lora={rank: 2}", "policy.lora"),
         ("train.deepspeed=zero2 train.optimizer=muon", "train.optimizer"),

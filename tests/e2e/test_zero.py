@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from picture_folder import write_scenes
+from picture_folder import write_edits, write_scenes
 from safetensors.torch import load_file
 
 from common.journal import read_journal
@@ -23,7 +23,12 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 20
 LORA = "policy.lora={rank: 4}"
-RUNS = {
+BF16_EDIT = (
+    "data.references=1;policy.routes=[cross_attention, noise_space];"
+    "trainable=[ar, connector, reference_connector, diffusion.caption, diffusion.patch];"
+    "train.steps=4;train.bf16=true;log.every=2"
+)
+CURVES = {
     "two": "",
     "zero1": "train.deepspeed=zero1",
     "zero2": "train.deepspeed=zero2",
@@ -51,10 +56,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory, policy_folder: Path) -> Path:
     """All runs, the single ones in this process and the others in one launch of two."""
     folder = tmp_path_factory.mktemp("zero")
     pack(write_scenes(folder / "scenes", 90), folder / "shards", per_shard=40)
+    pack(write_edits(folder / "edits", 12), folder / "triples")
+    edits = f"data.source={folder / 'triples'};{BF16_EDIT}"
     recipe = folder / "recipe.yaml"
     recipe.write_text(RECIPE.format(policy=policy_folder, shards=folder / "shards"))
-    for name, overrides in (("one", []), ("one-lora", [LORA])):
+    for name, overrides in (("one", []), ("one-lora", [LORA]), ("one-edit", edits.split(";"))):
         build(load_recipe(recipe, overrides), folder / name)
+    runs = {**CURVES, "zero2-edit": f"train.deepspeed=zero2;data.workers=1;{edits}"}
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
@@ -64,7 +72,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, policy_folder: Path) -> Path:
         [
             sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
             str(ROOT / "tests" / "zero_worker.py"), str(recipe), str(folder),
-            *(f"{name}:{overrides}" for name, overrides in RUNS.items()),
+            *(f"{name}:{overrides}" for name, overrides in runs.items()),
         ],
         env=environment, capture_output=True, text=True,
     )  # fmt: skip
@@ -82,7 +90,7 @@ def single(name: str) -> str:
     return "one-lora" if name.endswith("lora") else "one"
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", CURVES)
 def test_the_losses_are_those_of_one_process(runs: Path, name: str) -> None:
     curve = losses(runs / single(name))
     assert losses(runs / name) == pytest.approx(curve, abs=1e-5)
@@ -121,6 +129,25 @@ def test_the_policy_renders_the_pictures_of_the_single_process(runs: Path, name:
     untrained = Policy.from_pretrained(load_recipe(runs / "recipe.yaml").recipe.policy.path)
     before = untrained.render(untrained.condition_rows(ids, codes), seed=1)
     assert float((before - pictures[0]).abs().max()) > 0.05
+
+
+def test_edits_from_shards_train_in_bf16_on_two_processes(runs: Path) -> None:
+    one, two = (
+        [r for r in read_journal(runs / name / "metrics.jsonl") if "loss" in r]
+        for name in ("one-edit", "zero2-edit")
+    )
+    for name in ("cross_entropy", "flow_matching"):
+        assert [r[name] for r in two] == pytest.approx([r[name] for r in one], rel=0.05)
+    # Each caption is cut once an epoch, whichever process reads it.
+    assert [r["captions_cut"] for r in one] == [r["captions_cut"] for r in two]
+    assert two[-1]["captions_cut"] > 1
+    policy = Policy.from_pretrained(runs / "zero2-edit" / "policy")
+    assert policy.config.routes == ("cross_attention", "noise_space")
+    pictures = [
+        policy.generate(["make the circle red"], references=pixels, seed=0)[0].tobytes()
+        for pixels in (torch.zeros(1, 3, 48, 48), torch.ones(1, 3, 48, 48))
+    ]
+    assert pictures[0] != pictures[1]
 
 
 def test_zero3_divides_the_weights_and_a_checkpoint_still_holds_them_whole(runs: Path) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import os
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -148,6 +150,12 @@ def test_an_image_tokenizer_that_only_its_file_holds_is_taken_from_there(publish
     policy = Policy.from_pretrained(tmp_path / "policy")
     weight = policy.image_tokenizer.quantizer.embedding.weight
     assert torch.equal(weight, expected[f"{VISION}bottleneck.regularizer.embedding.weight"].float())
+    policy.to(torch.bfloat16).save_pretrained(tmp_path / "saved")
+    for name in ("policy", "saved"):
+        to_upstream(tmp_path / name, tmp_path / f"{name}-back")
+        assert_same(stored(tmp_path / f"{name}-back"), stored(published[0]))
+    names = {path.name for path in (tmp_path / "policy-back").glob("*.json")}
+    assert names == {p.name for p in published[0].glob("*.json")} | {"model.safetensors.index.json"}
 
 
 @pytest.mark.parametrize("declared", [True, False])
@@ -212,6 +220,100 @@ def test_a_checkpoint_of_another_model_is_refused(published, tmp_path):
     (published[0] / "config.json").write_text('{"model_type": "qwen3"}')
     with pytest.raises(PolicyError, match=r"config\.json has no image_start_tag_id"):
         run(published, tmp_path / "policy")
+
+
+@pytest.mark.parametrize("key", ["hidden_size", "num_hidden_layers", "num_attention_heads"])
+def test_a_size_that_config_json_lacks_is_named(key, published, tmp_path):
+    file = published[0] / "config.json"
+    facts = json.loads(file.read_text())
+    del facts[key]
+    file.write_text(json.dumps(facts))
+    with pytest.raises(PolicyError, match=rf"config\.json has no {key}"):
+        run(published, tmp_path / "policy")
+
+
+def test_what_the_published_classes_have_defaults_for_may_be_left_out(made, published, tmp_path):
+    """SanaTransformer2DModel's own: 2304 caption channels, which this checkpoint does not have."""
+    file = published[1] / "transformer" / "config.json"
+    facts = json.loads(file.read_text())
+    del facts["caption_channels"]
+    file.write_text(json.dumps(facts))
+    with pytest.raises(PolicyError, match=r"diffusion_connector.* expected \[2304"):
+        run(published, tmp_path / "policy")
+
+
+def rewrite_tokenizer(published, change) -> None:
+    stored_file = torch.load(published[2], weights_only=True)
+    change(stored_file["model"]["args"])
+    torch.save(stored_file, published[2])
+
+
+def test_a_tokenizer_file_may_lack_what_the_published_class_has_defaults_for(published, tmp_path):
+    rewrite_tokenizer(
+        published,
+        lambda args: [args.pop(k) for k in ("input_size", "input_type", "select_layer_id")],
+    )
+    assert run(published, tmp_path / "policy").tokenizer_image_size == 384
+    policy = Policy.from_pretrained(tmp_path / "policy")
+    assert policy.image_tokenizer.config["select_layer"] == -2
+
+
+@pytest.mark.parametrize(
+    ("key", "named"),
+    [
+        ("bottleneck", "bottleneck.args.regularizer.name"),
+        ("args", "bottleneck.args.regularizer.name"),
+        ("regularizer", "bottleneck.args.regularizer.name"),
+        ("bottleneck_dim", "bottleneck.args.bottleneck_dim"),
+        ("codebook_size", "bottleneck.args.regularizer.args.codebook_size"),
+    ],
+)
+def test_a_key_that_a_tokenizer_file_lacks_is_named(key, named, published, tmp_path):
+    def without(mapping):
+        mapping.pop(key, None)
+        for value in mapping.values():
+            if isinstance(value, dict):
+                without(value)
+
+    rewrite_tokenizer(published, without)
+    with pytest.raises(PolicyError, match=rf"ta_tok\.pth: model\.args has no {named}\."):
+        run(published, tmp_path / "policy")
+
+
+def test_a_tokenizer_file_of_easydict_is_read(published, tmp_path, monkeypatch):
+    """The published file is pickled with the package easydict, which need not be installed."""
+    module = types.ModuleType("easydict")
+
+    class EasyDict(dict):
+        def __init__(self, facts):
+            for key, value in facts.items():
+                kept = EasyDict(value) if isinstance(value, dict) else value
+                self[key] = kept
+                self.__dict__[key] = kept
+
+    EasyDict.__module__, EasyDict.__qualname__ = "easydict", "EasyDict"
+    module.EasyDict = EasyDict
+    monkeypatch.setitem(sys.modules, "easydict", module)
+    stored_file = torch.load(published[2], weights_only=True)
+    stored_file["model"]["args"] = EasyDict(stored_file["model"]["args"])
+    torch.save(stored_file, published[2])
+    monkeypatch.delitem(sys.modules, "easydict")
+    expected = run(published, tmp_path / "policy")
+    assert expected.grid == 6
+
+
+def test_scaled_rotary_positions_are_kept(published, tmp_path):
+    """In the words of transformers 4, as the published config.json has them."""
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+    describe(published, rope_scaling=scaling)
+    run(published, tmp_path / "policy")
+    policy = Policy.from_pretrained(tmp_path / "policy")
+    found = policy.ar.config.rope_parameters
+    assert {key: found[key] for key in scaling} == scaling
+    assert (
+        found["rope_theta"] == json.loads((published[0] / "config.json").read_text())["rope_theta"]
+    )
+    assert policy.ar.model.rotary_emb.attention_scaling > 1
 
 
 class Evil:

@@ -59,6 +59,18 @@ def test_edits_in_subfolders_keep_their_reference(tmp_path):
     assert tuple(sample.reference[0, 0]) == (4, 5, 6)
 
 
+def test_endings_may_be_written_in_capitals(tmp_path):
+    folder = tmp_path / "edits"
+    folder.mkdir()
+    for name, color in (("a[1].PNG", (1, 2, 3)), ("a[1].reference.PNG", (4, 5, 6))):
+        (folder / name).write_bytes(png(color))
+    (folder / "a[1].TXT").write_text("make it brighter")
+    [shard] = pack(folder, tmp_path / "out").shards
+    sample = Shards(build_index([shard], references=True), 48, 0)[0]
+    assert tuple(sample.reference[0, 0]) == (4, 5, 6)
+    assert sample.caption == "make it brighter"
+
+
 def test_what_cannot_be_packed_is_left_out_and_named(tmp_path, capsys):
     folder = write_scenes(tmp_path / "scenes", 2)
     (folder / "broken.png").write_bytes(png()[:50])

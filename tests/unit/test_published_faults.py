@@ -17,6 +17,8 @@ from policy import Policy
 from policy.connector import new_reference_connector
 from policy.diffusion import flow_matching_loss
 from policy.sampling import ImageTokenSampler, Sampling
+from rl.corpus import Collator
+from rl.joint_loss import JointLoss
 
 BOTH = ("cross_attention", "noise_space")
 
@@ -96,19 +98,61 @@ def padded_batch(policy: Policy, side: str) -> tuple[torch.Tensor, torch.Tensor]
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_conditions_are_s0_and_the_image_tokens_wherever_the_padding_is(side, policy):
     ids, starts = padded_batch(policy, side)
-    hidden, rows = randn(*ids.shape, 5), 1 + policy.config.num_tokens
-    found = policy.condition_slice(hidden, ids)
-    for number, start in enumerate(starts.tolist()):
-        assert torch.equal(found[number], hidden[number, start : start + rows])
-    policy.config = replace(policy.config, compatibility=("tail_slice",))
-    assert torch.equal(policy.condition_slice(hidden, ids), hidden[:, -rows:])
+    rows = 1 + policy.config.num_tokens
+    found = policy.image_places(ids)
+    assert found.tolist() == [[*range(start, start + rows)] for start in starts.tolist()]
 
 
 def test_a_sequence_without_its_picture_is_refused(policy):
     ids, _ = padded_batch(policy, "right")
     for broken in (ids[:, :-10], ids.masked_fill(ids == policy.config.im_start_id, 0)):
         with pytest.raises(PolicyError, match="no <im_start>"):
-            policy.condition_slice(randn(*broken.shape, 5), broken)
+            policy.image_places(broken)
+
+
+def training_batch(policy: Policy) -> dict[str, torch.Tensor]:
+    """What the collator makes of two captions of different length."""
+    prompts = policy.prompt_ids(["a", "a photo of a red circle"])
+    codes = torch.arange(2 * policy.config.num_tokens).view(2, -1) % policy.config.num_image_tokens
+    return Collator(policy).sequences(prompts, codes)
+
+
+def seen_by_the_connector(
+    policy: Policy, batch: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, float]:
+    """Run the joint loss; return what the head is conditioned on and the cross-entropy."""
+    joint = JointLoss(policy, cross_entropy=1, flow_matching=1, condition_dropout=0)
+    seen = []
+    hook = policy.connector.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    with torch.no_grad():
+        parts = joint(**batch, latents=latents(policy, 2), reference_latents=latents(policy, 2, 1))
+    hook.remove()
+    return seen[0], float(parts["cross_entropy"])
+
+
+def test_training_conditions_on_the_picture_and_with_the_switch_on_the_tail_as_published(policy):
+    batch, rows = training_batch(policy), 1 + policy.config.num_tokens
+    assert batch["attention_mask"][0, 0] == 0  # padding on the left, the picture at the end
+    right, entropy = seen_by_the_connector(policy, batch)
+    ids, starts = padded_batch(policy, "right")
+    policy.config = replace(policy.config, compatibility=("tail_slice",))
+    newline = policy.tokenizer("\n", add_special_tokens=False)["input_ids"]
+    legacy = training_batch(policy)
+    for row, start, prompt in zip(legacy["input_ids"], starts, ids, strict=True):
+        end = int(start) + rows
+        assert row[: int(start) + 1].tolist() == prompt[: int(start) + 1].tolist()
+        ending = [policy.config.im_end_id, policy.config.eos_id, *newline]
+        assert row[end : end + len(ending)].tolist() == ending
+    tail, legacy_entropy = seen_by_the_connector(policy, legacy)
+    # The published call: right padding, a mask, positions from the left.
+    with torch.no_grad():
+        hidden = policy.ar.model(**legacy, use_cache=False).last_hidden_state
+    torch.testing.assert_close(tail, hidden[:, -rows:], atol=1e-5, rtol=0)
+    for number, start in enumerate(starts.tolist()):
+        there = hidden[number, start : start + rows]
+        torch.testing.assert_close(right[number], there, atol=1e-5, rtol=0)
+    assert float((tail - right).abs().max()) > 0.1
+    assert legacy_entropy == pytest.approx(entropy, abs=1e-5)  # it is of the picture all the same
 
 
 def test_an_unknown_switch_is_refused(policy_folder, tmp_path):

@@ -1,17 +1,20 @@
 """`atelier sample` with real policies: single pictures, what they say, and references."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from picture_folder import encoded, png, write_tar
 from PIL import Image
 from published_checkpoint import edit_policy
 
 from cli.main import main
+from data.shards import Shards, build_index
 from evals.policy_hash import policy_hash
 from policy import Policy
-from policy.pixels import to_pixels
+from policy.pixels import reference_pixels, to_pixels
 
 
 @pytest.fixture(scope="module")
@@ -89,3 +92,16 @@ def test_pixels_span_minus_one_to_one():
     picture.putpixel((1, 0), (255, 51, 0))
     expected = torch.tensor([[[-1.0, 1.0]], [[-1.0, -0.6]], [[-1.0, -1.0]]])
     torch.testing.assert_close(to_pixels(picture), expected)
+
+
+def test_a_reference_is_seen_in_sampling_as_in_training(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (131, 77, 3), dtype=np.uint8)
+    picture = Image.fromarray(noise)
+    members = [("a.png", png()), ("a.txt", b"x"), ("a.reference.png", encoded(picture))]
+    index = build_index([write_tar(tmp_path / "s.tar", members)], references=True)
+    policy = edit_policy()
+    trained = torch.from_numpy(Shards(index, policy.config.image_size, 0)[0].reference.copy())
+    sampled = reference_pixels(picture, policy.config)
+    assert torch.equal(sampled[0], trained.permute(2, 0, 1).float() / 127.5 - 1)
+    switched = replace(policy.config, compatibility=("squashed_tokens",))
+    assert reference_pixels(picture, switched).shape == (1, 3, 131, 77)

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import pickle
 import tarfile
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from picture_folder import encoded, numbered, png, write_tar
 from PIL import Image
 
 from common.errors import DataError
-from data.pictures import UnreadablePicture, read_picture, square
+from common.pictures import UnreadablePicture, decode_picture
+from data.pictures import centre_square
 from data.shards import Index, Shards, build_index, find_shards
 
 
@@ -186,25 +188,25 @@ def test_damaged_bytes_are_a_picture_or_unreadable_and_nothing_else(seed, flips,
     for _ in range(flips):
         data[rng.integers(len(data))] = rng.integers(256)
     with contextlib.suppress(UnreadablePicture):
-        assert read_picture(bytes(data)).mode == "RGB"
+        assert decode_picture(bytes(data)).mode == "RGB"
 
 
 # --- pictures of every kind --------------------------------------------------------------
 
 
 def test_a_grayscale_picture_is_gray_in_all_channels():
-    picture = read_picture(encoded(Image.new("L", (5, 4), 90)))
+    picture = decode_picture(encoded(Image.new("L", (5, 4), 90)))
     assert picture.getpixel((2, 2)) == (90, 90, 90)
 
 
 def test_a_16_bit_picture_is_scaled_not_clipped():
     wide = np.array([[0, 257 * 100], [65535, 257 * 200 + 100]], dtype=np.uint16)
-    picture = read_picture(encoded(Image.fromarray(wide)))
+    picture = decode_picture(encoded(Image.fromarray(wide)))
     assert [picture.getpixel((x, y))[0] for y in (0, 1) for x in (0, 1)] == [0, 100, 255, 200]
 
 
 def test_a_cmyk_picture_keeps_its_colour():
-    picture = read_picture(encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "jpeg"))
+    picture = decode_picture(encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "jpeg"))
     red, green, blue = picture.getpixel((4, 4))
     assert red > 230
     assert max(green, blue) < 40
@@ -215,7 +217,7 @@ def test_a_rotated_picture_stands_upright():
     image.paste("blue", (0, 0, 20, 20))
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was held so that the picture is shown turned by 90 degrees
-    picture = read_picture(encoded(image, "png", exif=exif))
+    picture = decode_picture(encoded(image, "png", exif=exif))
     assert picture.size == (20, 40)
     assert picture.getpixel((10, 2)) == (0, 0, 255)
     assert picture.getpixel((10, 37)) == (255, 0, 0)
@@ -224,19 +226,53 @@ def test_a_rotated_picture_stands_upright():
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
 def test_a_transparent_picture_lies_on_white(mode):
     image = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
-    picture = read_picture(encoded(image.convert(mode) if mode != "P" else image.quantize()))
+    picture = decode_picture(encoded(image.convert(mode) if mode != "P" else image.quantize()))
     assert picture.getpixel((1, 1)) == (255, 255, 255)
 
 
 def test_a_huge_picture_is_refused_before_it_fills_the_memory(monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(UnreadablePicture, match="decompression bomb"):
-        read_picture(png(size=(30, 30)))
+    monkeypatch.setattr("common.pictures.MOST_PIXELS", 100)
+    with pytest.raises(UnreadablePicture, match="more than 0 million pixels"):
+        decode_picture(png(size=(30, 30)))
+
+
+@pytest.mark.parametrize("size", [(300, 100), (57, 48), (48, 49), (641, 427), (30, 40), (48, 48)])
+def test_the_centre_square_is_that_of_the_published_preprocessing(size):
+    """Spec section 1.3: Resize of the short side, then CenterCrop, by torchvision itself."""
+    from torchvision.transforms import CenterCrop, Compose, Resize
+
+    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    published = np.asarray(Compose([Resize(48), CenterCrop(48)])(image)).astype(int)
+    assert np.abs(centre_square(image, 48).astype(int) - published).max() <= 1
+
+
+def test_a_very_long_picture_is_not_resized_whole():
+    assert centre_square(Image.new("RGB", (1, 60_000), "red"), 1024).shape == (1024, 1024, 3)
+
+
+def test_samples_have_the_whole_picture_too_where_tokens_are_to_describe_it(tmp_path):
+    image = Image.new("RGB", (300, 100), "red")
+    image.paste("blue", (100, 0, 200, 100))
+    members = [("a.png", encoded(image)), ("a.txt", b"x"), ("a.reference.png", png((0, 0, 250)))]
+    index = build_index([write_tar(tmp_path / "s.tar", members)], references=True)
+    sample = Shards(index, 48, 0, squashed_side=30)[0]
+    assert sample.squashed.shape == sample.squashed_reference.shape == (30, 30, 3)
+    assert tuple(sample.squashed[15, 2]) == (255, 0, 0)
+    assert tuple(sample.squashed[15, 15]) == (0, 0, 255)
+    assert tuple(sample.image[20, 5]) == (0, 0, 255)
+    plain = Shards(index, 48, 0)[0]
+    assert plain.squashed is plain.squashed_reference is None
+
+
+def test_shards_reach_a_spawned_process(tmp_path):
+    shards = shards_of([write_tar(tmp_path / "s.tar", numbered(7))])
+    assert number(shards[3]) == number(pickle.loads(pickle.dumps(shards))[3])
 
 
 def test_the_middle_of_a_wide_picture_is_kept():
     image = Image.new("RGB", (300, 100), "red")
     image.paste("blue", (100, 0, 200, 100))
-    pixels = square(image, 48)
+    pixels = centre_square(image, 48)
     assert pixels.shape == (48, 48, 3)
     assert (pixels[:, 2:-2] == (0, 0, 255)).all()

@@ -1,0 +1,63 @@
+"""Which GPU a process takes. Without GPUs here, their number is set by hand."""
+
+import pytest
+import torch
+from transformers import TrainingArguments
+
+from common.errors import RunError
+from common.progress import SilentProgress
+from rl.devices import training_device, use_one_gpu
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """Pretend that there are so many GPUs; return which one was made current."""
+    current: list[str] = []
+
+    def pretend(count: int, process: int) -> list[str]:
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr(torch.cuda, "set_device", current.append)
+        monkeypatch.setenv("LOCAL_RANK", str(process))
+        return current
+
+    return pretend
+
+
+@pytest.mark.parametrize("wanted", ["auto", "cuda"])
+def test_each_process_takes_its_own_gpu_before_anything_is_loaded(wanted, gpus):
+    current = gpus(4, process=3)
+    assert training_device(wanted) == "cuda:3"
+    assert current == ["cuda:3"]
+
+
+def test_a_process_without_a_gpu_is_refused(gpus):
+    gpus(2, process=2)
+    with pytest.raises(RunError, match="process 2 of this machine has no GPU: 2 are visible"):
+        training_device("auto")
+    assert training_device("cpu") == "cpu"
+
+
+def test_without_gpus_auto_is_the_cpu(gpus):
+    gpus(0, process=1)
+    assert training_device("auto") == "cpu"
+    with pytest.raises(RunError, match="0 are visible"):
+        training_device("cuda")
+
+
+def test_one_process_uses_one_of_several_gpus_and_says_how_to_use_all(tmp_path):
+    told: list[str] = []
+
+    class Told(SilentProgress):
+        def line(self, text: str) -> None:
+            told.append(text)
+
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True)
+    arguments._n_gpu = 8
+    use_one_gpu(arguments, Told())
+    assert arguments.n_gpu == 1
+    assert arguments.train_batch_size == arguments.per_device_train_batch_size
+    [line] = told
+    assert "one of 8 GPUs" in line
+    assert "torchrun --nproc_per_node 8" in line
+    use_one_gpu(arguments, Told())
+    assert len(told) == 1
