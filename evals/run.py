@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from PIL import Image
 
@@ -24,6 +24,7 @@ from common.journal import Journal
 from common.progress import Progress, SilentProgress
 from common.seeds import counter_seed
 from evals.environment import environment
+from evals.making import ImagePolicy, check_policy, make_pictures
 from evals.policy_hash import policy_hash
 from evals.results import (
     IMAGES,
@@ -40,24 +41,6 @@ from evals.results import (
 from evals.suites import Metric, Record, SampleScore, Suite, load_suite, task_of
 
 _NOT_SETTINGS = ("policy_hash", "suite", "suite_version", "prompts")
-
-
-class ImagePolicy(Protocol):
-    """What evaluation needs of a policy (`policy.Policy` has it)."""
-
-    config: Any
-    """Holds the default `steps` and `guidance`."""
-
-    def generate(
-        self,
-        prompts: Sequence[str],
-        *,
-        steps: int,
-        guidance: float,
-        temperature: float,
-        seeds: Sequence[int],
-    ) -> list[Image.Image]:
-        """Return one picture for each prompt, each drawn with its own seed."""
 
 
 def sample_seed(suite: str, prompt_id: str, index: int) -> int:
@@ -96,6 +79,7 @@ def evaluate(
     suite = load_suite(suite) if isinstance(suite, str) else suite
     not_comparable = suite.comparability(seeds, limit)
     suite = suite.limited(limit)
+    check_policy(policy, suite)
     progress = progress or SilentProgress()
     out = Path(out_dir)
     identity = {
@@ -141,7 +125,8 @@ def evaluate(
         "settings": {key: v for key, v in identity.items() if key not in _NOT_SETTINGS},
         "command": command,
     }
-    return write_results(out, [done[record["prompt_id"], i] for record, i in wanted], facts)
+    samples = [done[record["prompt_id"], i] for record, i in wanted]
+    return write_results(out, samples, facts | published_numbers(suite, samples))
 
 
 def suite_facts(suite: Suite) -> dict[str, Any]:
@@ -153,6 +138,14 @@ def suite_facts(suite: Suite) -> dict[str, Any]:
         "not_comparable": suite.not_comparable,
         "metrics": {key: asdict(metric) for key, metric in suite.metrics.items()},
     }
+
+
+def published_numbers(suite: Suite, samples: Sequence[Sample]) -> dict[str, Any]:
+    """Return {"published": numbers} where the suite's publication aggregates in its own way."""
+    scored = [sample for sample in samples if sample["values"][suite.headline] is not None]
+    if suite.published is None or not scored:
+        return {}
+    return {"published": {key: round(x, 6) for key, x in suite.published(scored).items()}}
 
 
 def write_results(out: Path, samples: Sequence[Sample], facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -254,13 +247,7 @@ def _sample_batch(
 ) -> list[Sample]:
     seeds = [sample_seed(suite.name, record["prompt_id"], index) for record, index in batch]
     started = time.perf_counter()
-    images = policy.generate(
-        [record["prompt"] for record, _ in batch],
-        steps=identity["steps"],
-        guidance=identity["guidance"],
-        temperature=identity["temperature"],
-        seeds=seeds,
-    )
+    images = make_pictures(policy, suite, [record for record, _ in batch], seeds, identity)
     generating = (time.perf_counter() - started) / len(batch)
     rows = []
     for (record, index), seed, image in zip(batch, seeds, images, strict=True):

@@ -23,6 +23,7 @@ SuiteBuilder = Callable[..., Suite]
 _suites = Registry("suite", group="atelier.suites")
 _suites.add("geneval", "evals.suites.geneval:geneval_official")
 _suites.add("geneval-scenes", "evals.suites.geneval_scenes:geneval_scenes")
+_suites.add("edit-scenes", "evals.suites.edit_scenes:edit_scenes")
 _suites.add("ocr-scenes", "evals.suites.ocr_scenes:ocr_scenes")
 _suites.add("prompt-file", "evals.suites.prompt_file:prompt_file")
 
