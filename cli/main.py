@@ -30,6 +30,7 @@ VERBS = (
     "compare",
     "power",
     "geneval",
+    "dpg",
     "report",
     "serve_reward",
     "doctor",

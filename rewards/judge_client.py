@@ -5,6 +5,7 @@ Answers are cached on disk, failed requests are repeated, what was spent is coun
 
 import asyncio
 import base64
+import functools
 import hashlib
 import io
 import json
@@ -154,6 +155,12 @@ class Judge:
         asked = [self.base_url, self.model, self.temperature, self.max_tokens, text, *pictures]
         digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
         return Path(self.cache) / digest[:2] / f"{digest}.json"
+
+
+@functools.cache
+def shared_judge(**args: Any) -> Judge:
+    """Return the judge with these arguments, kept so that its costs add up over calls."""
+    return Judge(**args)
 
 
 def parse_object(text: str) -> dict[str, Any] | None:

@@ -3,14 +3,13 @@
 import dataclasses
 import math
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 from PIL import Image
 
 from common.errors import RewardError
 from rewards.contract import Score
-from rewards.judge_client import Judge, JudgeFailure
+from rewards.judge_client import JudgeFailure, shared_judge
 from rewards.plugins import reward
 
 QUESTION = """\
@@ -56,7 +55,7 @@ async def vlm_judge(
             f"reward `vlm_judge`: usd_per_million is {list(usd_per_million)}. Fix: write the price "
             "of input and of output tokens."
         )
-    judge = _judge(
+    judge = shared_judge(
         base_url=base_url,
         model=model,
         api_key_env=api_key_env,
@@ -73,12 +72,6 @@ async def vlm_judge(
     answers = await judge.ask([(t, [i]) for t, i in zip(texts, images, strict=True)])
     cost = dataclasses.asdict(judge.cost)
     return [_score(answer, max_score, cost) for answer in answers]
-
-
-@cache
-def _judge(**args: Any) -> Judge:
-    """Return the judge, kept so that its costs add up over calls."""
-    return Judge(**args)
 
 
 def _filled(question: str, prompt: str, max_score: float) -> str:
