@@ -32,6 +32,8 @@ VERBS = (
     "geneval",
     "dpg",
     "report",
+    "card",
+    "push",
     "serve_reward",
     "doctor",
 )

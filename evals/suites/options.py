@@ -23,6 +23,4 @@ def check_options(what: str, build: Callable[..., Any], options: Iterable[str]) 
             raise UsageError(f"{what} has no option `{option}`.\n    Fix: {fix}.")
     for option, parameter in named.items():
         if parameter.default is parameter.empty and option not in given:
-            meant = nearest(option, [extra for extra in given if extra not in named])
-            fix = f"write `{option}` for `{meant}`" if meant else f"add {option}=VALUE"
-            raise UsageError(f"{what} needs the option `{option}`.\n    Fix: {fix}.")
+            raise UsageError(f"{what} needs the option `{option}`.\n    Fix: add {option}=VALUE.")

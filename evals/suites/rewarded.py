@@ -1,4 +1,4 @@
-"""Suites whose score is one reward: preference models, and whatever a user plugs in."""
+"""Suites whose score is one reward, such as a preference model."""
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence

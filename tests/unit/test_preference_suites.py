@@ -170,13 +170,3 @@ def test_what_decides_a_score_is_recorded(tmp_path: Path) -> None:
     assert other["prompts_sha256"] != settings["prompts_sha256"]
     with pytest.raises(RewardError, match=r"no argument `wieghts`.*`weights`"):
         load_suite("pick-score", options=options | {"wieghts": "x"})
-
-
-def test_a_prompt_file_passes_arguments_to_its_reward(tmp_path: Path) -> None:
-    (tmp_path / "r.py").write_text(
-        "def grey(images, prompts, scale):\n    return [scale * 2 for _ in images]\n"
-    )
-    (tmp_path / "p.jsonl").write_text('{"prompt": "a lamp"}\n')
-    options = {"prompts": str(tmp_path / "p.jsonl"), "reward": f"{tmp_path / 'r.py'}:grey"}
-    suite = load_suite("prompt-file", options=options | {"scale": "1.5"})
-    assert suite.score(Image.new("RGB", (2, 2)), suite.records[0]).values == {"grey": 3.0}
