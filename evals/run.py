@@ -11,8 +11,10 @@ import re
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -249,15 +251,17 @@ def _sample_batch(
     started = time.perf_counter()
     images = make_pictures(policy, suite, [record for record, _ in batch], seeds, identity)
     generating = (time.perf_counter() - started) / len(batch)
+    with ThreadPoolExecutor(suite.workers) as pool:
+        scores = list(pool.map(partial(_score, suite), images, [record for record, _ in batch]))
     rows = []
-    for (record, index), seed, image in zip(batch, seeds, images, strict=True):
+    for (record, index), seed, image, (score, scoring) in zip(
+        batch, seeds, images, scores, strict=True
+    ):
         path = f"{IMAGES}/{file_name(record['prompt_id'], index)}"
         origin = {"prompt": record["prompt"], "prompt_id": record["prompt_id"], "index": index}
         data = webp(image, origin | {"seed": seed} | identity)
         # Not flushed: a picture cut short by a power cut has another size than its row says.
         (out / path).write_bytes(data)
-        started = time.perf_counter()
-        score = _score(suite, image, record)
         rows.append(
             {
                 "prompt_id": record["prompt_id"],
@@ -271,18 +275,21 @@ def _sample_batch(
                 **asdict(score),
                 "seconds": {
                     "generate": round(generating, 6),
-                    "score": round(time.perf_counter() - started, 6),
+                    "score": round(scoring, 6),
                 },
             }
         )
     return rows
 
 
-def _score(suite: Suite, image: Image.Image, record: Record) -> SampleScore:
+def _score(suite: Suite, image: Image.Image, record: Record) -> tuple[SampleScore, float]:
+    """Return what the scorer says and the seconds that it took."""
+    started = time.perf_counter()
     try:
-        return suite.score(image, record)
+        score = suite.score(image, record)
     except AtelierError as error:
-        return SampleScore(dict.fromkeys(suite.metrics), f"could not be scored: {error}")
+        score = SampleScore(dict.fromkeys(suite.metrics), f"could not be scored: {error}")
+    return score, time.perf_counter() - started
 
 
 def file_name(prompt_id: str, index: int) -> str:

@@ -10,7 +10,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +39,9 @@ class JudgeFailure(Exception):
     """One question got no usable answer; the message says why."""
 
 
+Parse = Callable[[str], dict[str, Any] | None]
+
+
 @dataclass
 class Judge:
     """One model at one address.
@@ -65,12 +68,15 @@ class Judge:
     cost: Cost = field(default_factory=Cost)
 
     async def ask(
-        self, questions: Sequence[tuple[str, Sequence[Image.Image]]]
+        self,
+        questions: Sequence[tuple[str, Sequence[Image.Image]]],
+        parse: "Parse | None" = None,
     ) -> list[dict[str, Any] | JudgeFailure]:
         """Ask all questions, each a text with its pictures; return the JSON objects answered.
 
-        A question that could not be answered gets a JudgeFailure in its place. Raises RewardError
-        if the key is missing.
+        A question whose answers are not JSON brings `parse`, which makes an object of a usable
+        text and None of any other. A question that could not be answered gets a JudgeFailure in
+        its place. Raises RewardError if the key is missing.
         """
         from openai import AsyncOpenAI
 
@@ -79,7 +85,7 @@ class Judge:
         async def one(text: str, images: Sequence[Image.Image]) -> dict[str, Any] | JudgeFailure:
             async with limit:
                 try:
-                    return await self._answer(client, text, [_data_url(x) for x in images])
+                    return await self._answer(client, text, list(map(_data_url, images)), parse)
                 except JudgeFailure as failure:
                     return failure
 
@@ -93,7 +99,11 @@ class Judge:
             return list(await asyncio.gather(*(one(*question) for question in questions)))
 
     async def _answer(
-        self, client: "AsyncOpenAI", text: str, pictures: Sequence[str]
+        self,
+        client: "AsyncOpenAI",
+        text: str,
+        pictures: Sequence[str],
+        parse: "Parse | None",
     ) -> dict[str, Any]:
         path = self._cache_path(text, pictures)
         if path is not None and path.is_file():
@@ -105,15 +115,16 @@ class Judge:
         ]
         said = ""
         for _ in range(1 + self.retries):
-            said = await self._request(client, content)
-            answer = parse_object(said)
+            said = await self._request(client, content, wants_json=parse is None)
+            answer = (parse or parse_object)(said)
             if answer is not None:
                 if path is not None:
                     write_text(path, json.dumps(answer))
                 return answer
-        raise JudgeFailure(f"the judge's answer is no JSON object: {said[:200]!r}")
+        wanted = "no JSON object" if parse is None else "not of the form asked for"
+        raise JudgeFailure(f"the judge's answer is {wanted}: {said[:200]!r}")
 
-    async def _request(self, client: "AsyncOpenAI", content: Any) -> str:
+    async def _request(self, client: "AsyncOpenAI", content: Any, *, wants_json: bool) -> str:
         from openai import OpenAIError
 
         if self.budget_usd is not None and self.cost.usd >= self.budget_usd:
@@ -125,7 +136,7 @@ class Judge:
                 messages=[{"role": "user", "content": content}],
                 temperature=self.temperature,
                 max_tokens=self.max_tokens,
-                response_format={"type": "json_object"},
+                **({"response_format": {"type": "json_object"}} if wants_json else {}),
             )
         except OpenAIError as error:
             raise JudgeFailure(f"the judge did not answer: {error}") from error

@@ -46,6 +46,25 @@ def read_table(file: Path, needed: Sequence[str]) -> list[dict[str, str]]:
     return list(reader)
 
 
+def read_parquet(files: Sequence[Path], columns: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the rows of parquet files; pictures are {"bytes": ..., "path": ...}.
+
+    Raises DataError naming the file that is damaged or lacks one of the columns.
+    """
+    import pyarrow
+    from pyarrow import parquet
+
+    rows: list[dict[str, Any]] = []
+    for file in files:
+        try:
+            rows += parquet.read_table(file, columns=list(columns)).to_pylist()
+        except (pyarrow.ArrowException, KeyError) as error:
+            raise _unreadable(file, str(error).splitlines()[0]) from error
+        if rows and (missing := [name for name in columns if name not in rows[-1]]):
+            raise _unreadable(file, f"it has no column `{missing[0]}`")
+    return rows
+
+
 def read_prompts(file: Path) -> tuple[Record, ...]:
     """Return prompt records of a list of prompts, all of one task named after the file.
 

@@ -59,6 +59,8 @@ class Suite:
     """What else decides the scores (such as the detector); recorded and compared."""
     pictures: int | None = None
     """Pictures for each prompt in the published protocol; None where it names no number."""
+    workers: int = 1
+    """Pictures scored at the same time, in threads: above 1 where a scorer waits for a judge."""
     reference: Callable[[Record], Image.Image] | None = None
     """The picture to edit of a record; None where prompts alone are drawn."""
     published: Callable[[Sequence[Mapping[str, Any]]], dict[str, float]] | None = None
