@@ -130,6 +130,9 @@ def summary(results: dict[str, Any]) -> list[str]:
         lines.append(f"  {task:<{width}}  {estimate['mean']:.3f}  {interval}")
     if unscored := results["unscored"][headline]:
         lines.append(f"  {unscored} pictures could not be scored and are left out")
+    if published := results.get("published"):
+        told = ", ".join(f"{name} {value:.4g}" for name, value in published.items())
+        lines.append(f"as published: {told}")
     why_not = facts["not_comparable"]
     lines.append(f"comparable with the leaderboard: {f'no, {why_not}' if why_not else 'yes'}")
     return lines

@@ -30,7 +30,10 @@ VERBS = (
     "compare",
     "power",
     "geneval",
+    "dpg",
     "report",
+    "card",
+    "push",
     "serve_reward",
     "doctor",
 )

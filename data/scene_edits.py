@@ -1,6 +1,7 @@
 """Edits of the scene world: a scene, an instruction, and the scene that it asks for."""
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +20,12 @@ class SceneEdit:
     before: Scene
     instruction: str
     after: Scene
+
+    @property
+    def kind(self) -> str:
+        """One of `EDITS`."""
+        words = {"make": "recolor", "remove": "remove", "add": "add"}
+        return words[self.instruction.split()[0]]
 
 
 class SceneEdits:
@@ -47,6 +54,52 @@ def sample_edit(rng: np.random.Generator, split: str) -> SceneEdit:
         instruction, after = _apply(rng, kind, before)
         if is_held_out(after) == (split == "held_out"):
             return SceneEdit(before, instruction, after)
+
+
+def edit_records(split: str, each: int = 40, seed: int = 0) -> list[dict[str, Any]]:
+    """Return `each` prompt records of every kind of edit, no two alike; the kinds take turns.
+
+    Beside `prompt`, `prompt_id`, `cluster` (records of one instruction) and `metadata` (tag, and
+    `add` and `remove` as `rewards.edit_rules` reads them), a record has `before` and `after`: the
+    objects of both pictures.
+    """
+    rng = np.random.default_rng(counter_seed(seed, "edit records", split))
+    found: dict[str, dict[SceneEdit, None]] = {kind: {} for kind in EDITS}
+    while min(map(len, found.values())) < each:
+        edit = sample_edit(rng, split)
+        if len(found[edit.kind]) < each:
+            found[edit.kind][edit] = None
+    turns = zip(*found.values(), strict=True)
+    return [_record(edit, number) for number, turn in enumerate(turns) for edit in turn]
+
+
+def scene_of(objects: list[dict[str, Any]]) -> Scene:
+    """Return the scene of a record's `before` or `after`."""
+    return Scene(
+        "edit",
+        tuple(
+            SceneObject(o["label"], o["color"], tuple(o["cell"]), tuple(o["jitter"]))
+            for o in objects
+        ),
+    )
+
+
+def _record(edit: SceneEdit, number: int) -> dict[str, Any]:
+    before, after = set(edit.before.objects), set(edit.after.objects)
+    changes = {"add": after - before, "remove": before - after}
+    asked = {
+        name: [{"class": o.label, "count": 1, "color": o.color} for o in objects]
+        for name, objects in changes.items()
+        if objects
+    }
+    return {
+        "prompt": edit.instruction,
+        "prompt_id": f"{edit.kind}-{number:03d}",
+        "cluster": edit.instruction,
+        "metadata": {"tag": edit.kind, **asked},
+        "before": [asdict(o) for o in edit.before.objects],
+        "after": [asdict(o) for o in edit.after.objects],
+    }
 
 
 def _apply(rng: np.random.Generator, kind: str, scene: Scene) -> tuple[str, Scene]:

@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from common.seeds import counter_seed
 from policy.policy import Policy, to_images
@@ -34,14 +35,24 @@ class EnginePolicy:
         guidance: float,
         temperature: float,
         seeds: Sequence[int],
+        references: Tensor | None = None,
     ) -> list[Image.Image]:
-        """Return one picture for each prompt; as in `Policy.generate`, each has its own seed."""
+        """Return one picture for each prompt; as in `Policy.generate`, each has its own seed.
+
+        `references` [B, 3, H, W] in [-1, 1] are pictures to edit.
+        """
         token_seeds = [counter_seed(seed, "tokens") for seed in seeds]
-        ids = self._policy.prompt_ids(prompts)
+        codes = None
+        if references is not None:
+            codes = self._policy.encode_images(references)[:, None]
+        ids = self._policy.prompt_ids(prompts, codes)
         batch = self._engine.generate(ids, 1, Sampling(temperature), token_seeds)
         noise = self._policy.noise([counter_seed(seed, "noise") for seed in seeds])
         hidden = self._policy.condition_rows(batch.prompt_ids, batch.completion_ids)
-        return to_images(self._policy.render(hidden, noise=noise, steps=steps, guidance=guidance))
+        pixels = self._policy.render(
+            hidden, noise=noise, steps=steps, guidance=guidance, references=references
+        )
+        return to_images(pixels)
 
 
 @contextmanager

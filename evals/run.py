@@ -9,10 +9,12 @@ import json
 import re
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from PIL import Image
 
@@ -23,6 +25,7 @@ from common.lock import folder_lock
 from common.progress import Progress, SilentProgress
 from common.seeds import counter_seed
 from evals.environment import environment
+from evals.making import ImagePolicy, check_policy, make_pictures
 from evals.policy_hash import policy_hash
 from evals.results import (
     IMAGES,
@@ -41,24 +44,6 @@ from evals.suites import Metric, Record, SampleScore, Suite, load_suite, task_of
 from evals.taking_over import claim, take_over
 
 _NOT_SETTINGS = ("policy_hash", "suite", "suite_version", "prompts", "suite_settings")
-
-
-class ImagePolicy(Protocol):
-    """What evaluation needs of a policy (`policy.Policy` has it)."""
-
-    config: Any
-    """Holds the default `steps` and `guidance`."""
-
-    def generate(
-        self,
-        prompts: Sequence[str],
-        *,
-        steps: int,
-        guidance: float,
-        temperature: float,
-        seeds: Sequence[int],
-    ) -> list[Image.Image]:
-        """Return one picture for each prompt, each drawn with its own seed."""
 
 
 def sample_seed(suite: str, prompt_id: str, index: int) -> int:
@@ -97,6 +82,7 @@ def evaluate(
     """
     suite = load_suite(suite) if isinstance(suite, str) else suite
     whole, suite = suite, suite.limited(limit)
+    check_policy(policy, suite)
     progress = progress or SilentProgress()
     out = Path(out_dir)
     identity = {
@@ -144,7 +130,7 @@ def evaluate(
             "settings": {key: v for key, v in identity.items() if key not in _NOT_SETTINGS},
             "command": command,
         }
-        return write_results(out, samples, facts)
+        return write_results(out, samples, facts | published_numbers(suite, samples))
 
 
 def comparability(
@@ -174,6 +160,14 @@ def suite_facts(suite: Suite) -> dict[str, Any]:
         "settings": dict(suite.settings),
         "metrics": {key: asdict(metric) for key, metric in suite.metrics.items()},
     }
+
+
+def published_numbers(suite: Suite, samples: Sequence[Sample]) -> dict[str, Any]:
+    """Return {"published": numbers} where the suite's publication aggregates in its own way."""
+    scored = [sample for sample in samples if sample["values"][suite.headline] is not None]
+    if suite.published is None or not scored:
+        return {}
+    return {"published": {key: round(x, 6) for key, x in suite.published(scored).items()}}
 
 
 def write_results(out: Path, samples: Sequence[Sample], facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -213,23 +207,19 @@ def _sample_batch(
 ) -> list[Sample]:
     seeds = [sample_seed(suite.name, record["prompt_id"], index) for record, index in batch]
     started = time.perf_counter()
-    images = policy.generate(
-        [record["prompt"] for record, _ in batch],
-        steps=identity["steps"],
-        guidance=identity["guidance"],
-        temperature=identity["temperature"],
-        seeds=seeds,
-    )
+    images = make_pictures(policy, suite, [record for record, _ in batch], seeds, identity)
     generating = (time.perf_counter() - started) / len(batch)
+    with ThreadPoolExecutor(suite.workers) as pool:
+        scores = list(pool.map(partial(_score, suite), images, [record for record, _ in batch]))
     rows = []
-    for (record, index), seed, image in zip(batch, seeds, images, strict=True):
+    for (record, index), seed, image, (score, scoring) in zip(
+        batch, seeds, images, scores, strict=True
+    ):
         path = f"{IMAGES}/{file_name(record['prompt_id'], index)}"
         origin = {"prompt": record["prompt"], "prompt_id": record["prompt_id"], "index": index}
         data = webp(image, origin | {"seed": seed} | identity)
         # Not flushed: a picture cut short by a power cut has another size than its row says.
         (out / path).write_bytes(data)
-        started = time.perf_counter()
-        score = _score(suite, image, record)
         rows.append(
             {
                 "prompt_id": record["prompt_id"],
@@ -243,18 +233,21 @@ def _sample_batch(
                 **asdict(score),
                 "seconds": {
                     "generate": round(generating, 6),
-                    "score": round(time.perf_counter() - started, 6),
+                    "score": round(scoring, 6),
                 },
             }
         )
     return rows
 
 
-def _score(suite: Suite, image: Image.Image, record: Record) -> SampleScore:
+def _score(suite: Suite, image: Image.Image, record: Record) -> tuple[SampleScore, float]:
+    """Return what the scorer says and the seconds that it took."""
+    started = time.perf_counter()
     try:
-        return suite.score(image, record)
+        score = suite.score(image, record)
     except AtelierError as error:
-        return SampleScore(dict.fromkeys(suite.metrics), f"could not be scored: {error}")
+        score = SampleScore(dict.fromkeys(suite.metrics), f"could not be scored: {error}")
+    return score, time.perf_counter() - started
 
 
 def file_name(prompt_id: str, index: int) -> str:

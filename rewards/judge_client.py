@@ -9,10 +9,11 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from PIL import Image
 
@@ -36,6 +37,9 @@ class Cost:
 
 class JudgeFailure(Exception):
     """One question got no usable answer; the message says why."""
+
+
+Parse = Callable[[str], dict[str, Any] | None]
 
 
 @dataclass
@@ -73,19 +77,22 @@ class Judge:
         self._free = asyncio.Semaphore(self.concurrency)
 
     async def ask(
-        self, questions: Sequence[tuple[str, Sequence[Image.Image]]]
+        self,
+        questions: Sequence[tuple[str, Sequence[Image.Image]]],
+        parse: "Parse | None" = None,
     ) -> list[dict[str, Any] | JudgeFailure]:
         """Ask all questions, each a text with its pictures; return the JSON objects answered.
 
-        A question that could not be answered gets a JudgeFailure in its place. Raises RewardError
-        if the key is missing.
+        A question whose answers are not JSON brings `parse`, which makes an object of a usable
+        text and None of any other. A question that could not be answered gets a JudgeFailure in
+        its place. Raises RewardError if the key is missing.
         """
         from openai import AsyncOpenAI
 
         async def one(text: str, images: Sequence[Image.Image]) -> dict[str, Any] | JudgeFailure:
             async with self._free:
                 try:
-                    return await self._answer(client, text, [_data_url(x) for x in images])
+                    return await self._answer(client, text, list(map(_data_url, images)), parse)
                 except JudgeFailure as failure:
                     return failure
 
@@ -99,7 +106,11 @@ class Judge:
             return list(await asyncio.gather(*(one(*question) for question in questions)))
 
     async def _answer(
-        self, client: "AsyncOpenAI", text: str, pictures: Sequence[str]
+        self,
+        client: "AsyncOpenAI",
+        text: str,
+        pictures: Sequence[str],
+        parse: "Parse | None",
     ) -> dict[str, Any]:
         path = self._cache_path(text, pictures)
         if path is not None and path.is_file():
@@ -111,15 +122,16 @@ class Judge:
         ]
         said = ""
         for _ in range(1 + self.retries):
-            said = await self._request(client, content)
-            answer = parse_object(said)
+            said = await self._request(client, content, wants_json=parse is None)
+            answer = (parse or parse_object)(said)
             if answer is not None:
                 if path is not None:
                     write_text(path, json.dumps(answer))
                 return answer
-        raise JudgeFailure(f"the judge's answer is no JSON object: {said[:200]!r}")
+        wanted = "no JSON object" if parse is None else "not of the form asked for"
+        raise JudgeFailure(f"the judge's answer is {wanted}: {said[:200]!r}")
 
-    async def _request(self, client: "AsyncOpenAI", content: Any) -> str:
+    async def _request(self, client: "AsyncOpenAI", content: Any, *, wants_json: bool) -> str:
         from openai import OpenAIError
 
         if self.budget_usd is not None and self.cost.usd >= self.budget_usd:
@@ -131,7 +143,7 @@ class Judge:
                 messages=[{"role": "user", "content": content}],
                 temperature=self.temperature,
                 max_tokens=self.max_tokens,
-                response_format={"type": "json_object"},
+                **({"response_format": {"type": "json_object"}} if wants_json else {}),
             )
         except OpenAIError as error:
             raise JudgeFailure(f"the judge did not answer: {error}") from error
@@ -161,6 +173,20 @@ class Judge:
         asked = [self.base_url, self.model, self.temperature, self.max_tokens, text, *pictures]
         digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
         return Path(self.cache) / digest[:2] / f"{digest}.json"
+
+
+_JUDGES: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[Hashable, Judge]] = WeakKeyDictionary()
+"""The judges of each event loop. The runner gives each reward a loop of its own for all its calls,
+so calls that run side by side share a judge, and other rewards and runs have others."""
+
+
+def shared_judge(**args: Any) -> Judge:
+    """Return the running event loop's judge with these arguments: its costs add up over calls."""
+    judges = _JUDGES.setdefault(asyncio.get_running_loop(), {})
+    key = tuple(args.items())
+    if key not in judges:
+        judges[key] = Judge(**args)
+    return judges[key]
 
 
 def parse_object(text: str) -> dict[str, Any] | None:

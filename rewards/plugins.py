@@ -26,6 +26,7 @@ _BUILT_IN = {
     "pick_score": "rewards.preference:pick_score",
     "remote": "rewards.remote:remote",
     "vlm_judge": "rewards.vlm_judge:vlm_judge",
+    "yes_no": "rewards.yes_no:yes_no",
 }
 _REGISTRY = Registry("reward", group="atelier.rewards", error=RewardError)
 for _name, _place in _BUILT_IN.items():

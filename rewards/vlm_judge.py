@@ -1,17 +1,15 @@
 """A vision-language model as the judge, behind any OpenAI-compatible endpoint."""
 
-import asyncio
 import dataclasses
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from PIL import Image
 
 from common.errors import RewardError
 from rewards.contract import Score
-from rewards.judge_client import Judge, JudgeFailure
+from rewards.judge_client import JudgeFailure, shared_judge
 from rewards.plugins import reward
 
 QUESTION = """\
@@ -61,7 +59,7 @@ async def vlm_judge(
             f"reward `vlm_judge`: usd_per_million is {list(usd_per_million)}. Fix: write the price "
             "of input and of output tokens."
         )
-    judge = _judge(
+    judge = shared_judge(
         base_url=base_url,
         model=model,
         api_key_env=api_key_env,
@@ -78,19 +76,6 @@ async def vlm_judge(
     answers = await judge.ask([(t, [i]) for t, i in zip(texts, images, strict=True)])
     cost = dataclasses.asdict(judge.cost)
     return [_score(answer, max_score, cost) for answer in answers]
-
-
-_JUDGES: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[Hashable, Judge]] = WeakKeyDictionary()
-"""The judges of each event loop. The runner gives each reward a loop of its own for all its calls,
-so calls that run side by side share a judge, and other rewards and runs have others."""
-
-
-def _judge(**args: Any) -> Judge:
-    judges = _JUDGES.setdefault(asyncio.get_running_loop(), {})
-    key = tuple(args.items())
-    if key not in judges:
-        judges[key] = Judge(**args)
-    return judges[key]
 
 
 def _filled(question: str, prompt: str, max_score: float) -> str:

@@ -23,10 +23,18 @@ SuiteBuilder = Callable[..., Suite]
 """Builds a suite; its parameters are the suite's options (texts, as typed on a command line)."""
 
 _suites = Registry("suite", group="atelier.suites")
+_suites.add("dpg-bench", "evals.suites.dpg_bench:dpg_bench")
+_suites.add("edit-scenes", "evals.suites.edit_scenes:edit_scenes")
+_suites.add("gedit", "evals.suites.gedit:gedit")
 _suites.add("geneval", "evals.suites.geneval:geneval_official")
 _suites.add("geneval-scenes", "evals.suites.geneval_scenes:geneval_scenes")
+_suites.add("hps-v2", "evals.suites.hps_v2:hps_v2")
+_suites.add("image-reward", "evals.suites.image_reward:image_reward")
+_suites.add("imgedit", "evals.suites.imgedit:imgedit")
 _suites.add("ocr-scenes", "evals.suites.ocr_scenes:ocr_scenes")
+_suites.add("pick-score", "evals.suites.pick_score:pick_score")
 _suites.add("prompt-file", "evals.suites.prompt_file:prompt_file")
+_suites.add("wise", "evals.suites.wise:wise")
 
 
 def register_suite(name: str) -> Callable[[SuiteBuilder], SuiteBuilder]:

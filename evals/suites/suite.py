@@ -1,6 +1,6 @@
 """What a benchmark suite is: prompts, a scorer for one picture, and what its numbers mean."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -60,6 +60,13 @@ class Suite:
     never paired. `load_suite` adds the options, files among them by their content."""
     pictures: int | None = None
     """Pictures for each prompt in the published protocol; None where it names no number."""
+    workers: int = 1
+    """Pictures scored at the same time, in threads: above 1 where a scorer waits for a judge."""
+    reference: Callable[[Record], Image.Image] | None = None
+    """The picture to edit of a record; None where prompts alone are drawn."""
+    published: Callable[[Sequence[Mapping[str, Any]]], dict[str, float]] | None = None
+    """The numbers that publications show, from rows of samples.jsonl that were scored; None where
+    the means over tasks are those."""
 
     @property
     def headline(self) -> str:

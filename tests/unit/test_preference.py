@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_networks import byte_level_clip_tokenizer
+from tiny_networks import save_tiny_pick_score
 
 from common.errors import RewardError
 from rewards import load_reward
@@ -76,28 +76,7 @@ def test_safetensors_are_read_too(tiny_clip, tmp_path):
 
 
 def test_pick_score(tmp_path):
-    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
-
-    tokenizer = byte_level_clip_tokenizer(tmp_path)
-    tokenizer.model_max_length = 32
-    small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
-             "num_attention_heads": 2}  # fmt: skip
-    config = CLIPConfig(
-        text_config=small | {"vocab_size": len(tokenizer), "max_position_embeddings": 32,
-                             "bos_token_id": len(tokenizer) - 2,
-                             "eos_token_id": len(tokenizer) - 1},
-        vision_config=small | {"image_size": 32, "patch_size": 8},
-        projection_dim=16,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    network = CLIPModel(config).eval()
-    with torch.no_grad():
-        network.logit_scale.fill_(math.log(100))  # as in the published weights
-    network.save_pretrained(tmp_path / "weights")
-    images = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    processor = CLIPProcessor(images, tokenizer)
-    processor.save_pretrained(tmp_path / "processor")
-
+    network, processor = save_tiny_pick_score(tmp_path)
     expected = []
     for picture, prompt in zip(PICTURES, PROMPTS, strict=True):
         with torch.inference_mode():

@@ -1,0 +1,132 @@
+"""Reading benchmark files that the user has on this machine: nothing is ever downloaded."""
+
+import csv
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from common.errors import DataError
+from data.prompts import training_records
+from evals.suites.suite import Record
+
+NO_CHECKSUM = "no published checksum is known, so the file is taken as it is"
+_PROMPT = ("prompt", "prompts", "text")
+
+
+def digest(files: Sequence[Path]) -> str:
+    """Return the first 16 hex digits of the sha256 over the files, to be recorded with results."""
+    whole = hashlib.sha256()
+    for file in files:
+        whole.update(_bytes(file))
+    return whole.hexdigest()[:16]
+
+
+def read_json(file: Path) -> Any:
+    """Return what a JSON file holds. Raises DataError naming a file that is missing or damaged."""
+    try:
+        return json.loads(_text(file))
+    except ValueError as error:
+        raise _unreadable(file, f"it is not JSON ({error})") from error
+
+
+def read_table(file: Path, needed: Sequence[str]) -> list[dict[str, str]]:
+    """Return the rows of a CSV (or, by its ending, TSV) file by column.
+
+    Raises DataError naming the file and a column of `needed` that it lacks.
+    """
+    separator = "\t" if file.suffix == ".tsv" else ","
+    csv.field_size_limit(2**30)  # some benchmarks keep whole pictures in a cell
+    reader = csv.DictReader(_text(file).splitlines(keepends=True), delimiter=separator)
+    for column in needed:
+        if column not in (reader.fieldnames or ()):
+            found = ", ".join(reader.fieldnames or ()) or "none"
+            raise _unreadable(file, f"it has no column `{column}` (it has {found})")
+    return list(reader)
+
+
+def read_parquet(files: Sequence[Path], columns: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the rows of parquet files; pictures are {"bytes": ..., "path": ...}.
+
+    Raises DataError naming the file that is damaged or lacks one of the columns.
+    """
+    import pyarrow
+    from pyarrow import parquet
+
+    rows: list[dict[str, Any]] = []
+    for file in files:
+        try:
+            rows += parquet.read_table(file, columns=list(columns)).to_pylist()
+        except (pyarrow.ArrowException, KeyError) as error:
+            raise _unreadable(file, str(error).splitlines()[0]) from error
+        if rows and (missing := [name for name in columns if name not in rows[-1]]):
+            raise _unreadable(file, f"it has no column `{missing[0]}`")
+    return rows
+
+
+def read_prompts(file: Path) -> tuple[Record, ...]:
+    """Return prompt records of a list of prompts, all of one task named after the file.
+
+    Understood: .jsonl as everywhere; .json with texts, or with objects that have `prompt` and
+    perhaps `id`; .csv and .tsv with a column Prompt, Prompts or text (DrawBench, PartiPrompts);
+    any other file as one prompt a line. Raises DataError naming the file.
+    """
+    if file.suffix == ".jsonl":
+        found = [(r["prompt_id"], r["prompt"]) for r in training_records(str(file), "all")]
+    elif file.suffix == ".json":
+        found = list(map(_from_json, _list(file)))
+    elif file.suffix in (".csv", ".tsv"):
+        found = [(None, _cell(file, row)) for row in read_table(file, ())]
+    else:
+        found = [(None, line) for line in _text(file).splitlines()]
+    prompts = [(name, text.strip()) for name, text in found if text and text.strip()]
+    if not prompts:
+        raise _unreadable(file, "it has no prompts")
+    return tuple(
+        {
+            "prompt": text,
+            "prompt_id": f"{file.stem}-{number:05d}" if name is None else name,
+            "metadata": {"tag": file.stem},
+        }
+        for number, (name, text) in enumerate(prompts)
+    )
+
+
+def _from_json(row: Any) -> tuple[str | None, str]:
+    if isinstance(row, str):
+        return None, row
+    name = row.get("id", row.get("prompt_id")) if isinstance(row, dict) else None
+    text = row.get("prompt", row.get("text")) if isinstance(row, dict) else None
+    return None if name is None else str(name), text if isinstance(text, str) else ""
+
+
+def _list(file: Path) -> list[Any]:
+    rows = read_json(file)
+    if not isinstance(rows, list):
+        raise _unreadable(file, "it is not a list of prompts")
+    return rows
+
+
+def _cell(file: Path, row: dict[str, str]) -> str:
+    for column, value in row.items():
+        if column.lower() in _PROMPT:
+            return value or ""
+    raise _unreadable(file, f"none of its columns is one of {', '.join(_PROMPT)}")
+
+
+def _text(file: Path) -> str:
+    try:
+        return _bytes(file).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise _unreadable(file, "it is not UTF-8 text") from error
+
+
+def _bytes(file: Path) -> bytes:
+    if not file.is_file():
+        raise DataError(f"{file}: no such file.\n    Fix: give the path of the benchmark's file.")
+    return file.read_bytes()
+
+
+def _unreadable(file: Path, why: str) -> DataError:
+    return DataError(f"{file} cannot be read: {why}.\n    Fix: get the benchmark's own file again.")

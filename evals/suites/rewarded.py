@@ -1,0 +1,84 @@
+"""Suites whose score is one reward, such as a preference model."""
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from PIL import Image
+
+from evals.suites.suite import Metric, Record, SampleScore, Suite
+from recipes.yaml_loader import parse_yaml
+from rewards.runner import RewardRunner, RewardSpec
+
+TIMEOUT_S = 600.0
+_NO_SCORE = ("device", "cache", "concurrency", "retries", "timeout_s", "api_key_env", "budget_usd")
+"""Arguments that cannot change a score, and are not recorded with it."""
+
+
+def reward_suite(
+    name: str,
+    title: str,
+    records: Sequence[Record],
+    reward: str,
+    arguments: Mapping[str, str],
+    not_comparable: str | None,
+    *,
+    settings: Mapping[str, Any] | None = None,
+    pictures: int | None = None,
+    published: Callable[[Sequence[Mapping[str, Any]]], dict[str, float]] | None = None,
+) -> Suite:
+    """Return a suite over `records` whose one metric is the reward.
+
+    `reward` is a registered name or "file.py:function" and `arguments` are its own, as typed on a
+    command line. Raises RewardError for a reward that cannot be loaded or cannot score a record.
+    """
+    runner = RewardRunner([RewardSpec(reward, timeout_s=TIMEOUT_S, args=typed(arguments))])
+    runner.check_records(records)
+    [metric] = runner.names
+
+    def score(image: Image.Image, record: Record) -> SampleScore:
+        columns = {key: [value] for key, value in record.items() if key != "prompt"}
+        [scored] = runner.score([image], [str(record["prompt"])], columns)
+        details = scored.details.get(metric) or {}
+        return SampleScore({metric: scored.total}, scored.reasons.get(metric, ""), details)
+
+    return Suite(
+        name=name,
+        title=title,
+        version=1,
+        records=tuple(records),
+        score=score,
+        metrics={metric: Metric(metric, "amount")},
+        not_comparable=not_comparable,
+        settings={"reward": reward, **(settings or {}), **recorded(arguments, "reward")},
+        pictures=pictures,
+        published=published,
+    )
+
+
+def typed(arguments: Mapping[str, str]) -> dict[str, Any]:
+    """Return arguments typed on a command line with their values read as in a recipe."""
+    return {key: parse_yaml(text.encode(), key).value for key, text in arguments.items()}
+
+
+def recorded(arguments: Mapping[str, str], prefix: str) -> dict[str, str]:
+    """Return those arguments that decide a score, under names of their own."""
+    return {f"{prefix}_{key}": text for key, text in arguments.items() if key not in _NO_SCORE}
+
+
+def mean_over_prompts(samples: Sequence[Mapping[str, Any]], metric: str) -> float:
+    """Return the mean over prompts of the mean over each prompt's pictures."""
+    return mean([mean(values) for values in by_prompt(samples, metric).values()])
+
+
+def by_prompt(samples: Sequence[Mapping[str, Any]], metric: str) -> dict[str, list[float]]:
+    """Return the values of each prompt, in the order of the samples."""
+    values: dict[str, list[float]] = defaultdict(list)
+    for sample in samples:
+        values[sample["prompt_id"]].append(sample["values"][metric])
+    return dict(values)
+
+
+def mean(values: Sequence[float]) -> float:
+    """Return the mean of at least one value."""
+    return sum(values) / len(values)
