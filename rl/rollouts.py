@@ -106,7 +106,9 @@ class Sampler:
         first = config.image_start_id
         head = self.policy.ar.lm_head.weight[first : first + config.num_image_tokens]
         codes = completion_ids.to(hidden.device) - first
-        logprobs, _ = image_logprobs(hidden[:, :-1], head, codes, self.sampling.temperature)
+        logprobs, _ = image_logprobs(
+            hidden[:, :-1], head, codes, self.sampling.temperature, entropy=False
+        )
         return hidden, logprobs
 
 
