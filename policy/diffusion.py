@@ -6,6 +6,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler, SanaTransformer2DModel
 from torch import Tensor
 from torch.nn import functional as F
 
+from policy.denoiser import Denoiser
+
 TRAIN_TIMESTEPS = 1000
 
 
@@ -26,7 +28,12 @@ def flow_matching_loss(
     """
     sigma = time.view(-1, 1, 1, 1)
     noisy = (1 - sigma) * latents + sigma * noise
-    velocity = _velocity(head, noisy, conditions, time * TRAIN_TIMESTEPS, reference_latents)
+    velocity = head(
+        _beside(noisy, reference_latents),
+        conditions,
+        timestep=time * TRAIN_TIMESTEPS,
+        return_dict=False,
+    )[0][..., : noisy.shape[-1]]
     return F.mse_loss(velocity.float(), (noise - latents).float())
 
 
@@ -43,40 +50,27 @@ def sample_latents(
 ) -> Tensor:
     """Integrate from `noise` [B, C, S, S] to latents with Euler steps.
 
-    Conditions [B, R, width] and the null branch [1, R, width] are computed once by the caller;
-    guidance 1 leaves the null branch out. `reference_latents` [B, C, S, S] are seen in noise space
-    by both branches. A fresh scheduler per call keeps training and sampling from sharing state.
+    Conditions [B, R, width] and the null branch [1, R, width] are computed once by the caller, and
+    what the head makes of them once by the denoiser; guidance 1 leaves the null branch out.
+    `reference_latents` [B, C, S, S] are seen in noise space by both branches. A fresh scheduler per
+    call keeps training and sampling from sharing state.
     """
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(scheduler_config)
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 1.0 / steps, steps).tolist())
-    guided = guidance != 1.0
-    if guided:
-        conditions = torch.cat([null_conditions.expand_as(conditions), conditions])
-        if reference_latents is not None:
-            reference_latents = torch.cat([reference_latents, reference_latents])
+    denoiser = Denoiser(head, conditions, None if guidance == 1.0 else null_conditions)
     latents = noise
+    width = noise.shape[-1]
     for timestep in scheduler.timesteps:
-        batch = torch.cat([latents, latents]) if guided else latents
-        velocity = _velocity(
-            head, batch, conditions, timestep.expand(len(batch)), reference_latents
-        )
-        if guided:
-            null, conditioned = velocity.float().chunk(2)
-            velocity = null + guidance * (conditioned - null)
-        latents = scheduler.step(velocity.to(latents.dtype), timestep, latents).prev_sample
+        noisy = _beside(latents, reference_latents)
+        velocity, null = denoiser.velocity(noisy, timestep)
+        if null is not None:
+            velocity, null = velocity.float(), null.float()
+            velocity = null + guidance * (velocity - null)
+        velocity = velocity[..., :width].to(latents.dtype)
+        latents = scheduler.step(velocity, timestep, latents).prev_sample
     return latents
 
 
-def _velocity(
-    head: SanaTransformer2DModel,
-    noisy: Tensor,
-    conditions: Tensor,
-    timestep: Tensor,
-    reference_latents: Tensor | None,
-) -> Tensor:
-    """Predict the velocity [B, C, S, S]; a reference stands on the right of the noisy latents."""
-    width = noisy.shape[-1]
-    if reference_latents is not None:
-        noisy = torch.cat([noisy, reference_latents], dim=-1)
-    velocity: Tensor = head(noisy, conditions, timestep=timestep, return_dict=False)[0]
-    return velocity[..., :width]
+def _beside(noisy: Tensor, reference_latents: Tensor | None) -> Tensor:
+    """Put the reference on the right of the noisy latents."""
+    return noisy if reference_latents is None else torch.cat([noisy, reference_latents], dim=-1)

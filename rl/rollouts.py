@@ -198,7 +198,9 @@ class Sampler:
                 completion_ids = batch.completion_ids[rows]
                 hidden = self.policy.condition_rows(batch.prompt_ids[rows], completion_ids)
                 codes = completion_ids.to(hidden.device) - first
-                logprobs, _ = image_logprobs(hidden[:, :-1], head, codes, self.sampling.temperature)
+                logprobs, _ = image_logprobs(
+                    hidden[:, :-1], head, codes, self.sampling.temperature, entropy=False
+                )
                 scored.append((hidden, logprobs))
             hidden_rows, logprob_rows = zip(*scored, strict=True)
             return torch.cat(hidden_rows), torch.cat(logprob_rows)

@@ -10,10 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import SanaTransformer2DModel
 
 from common.errors import PolicyError
 from evals.policy_hash import policy_hash
 from policy import Policy
+from policy.denoiser import Denoiser
 from policy.policy import to_images
 
 PARTS = ("ar", "tokenizer", "image_tokenizer", "connector", "diffusion", "vae", "scheduler")
@@ -251,19 +253,53 @@ def test_rendering_is_the_euler_integration_with_guidance(policy, steps, guidanc
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 
-def test_guidance_one_leaves_the_null_branch_out(policy, monkeypatch):
+def test_guidance_one_leaves_the_null_branch_out(policy):
     seen = []
-    monkeypatch.setattr(
-        policy.diffusion,
-        "forward",
-        lambda latents, *a, _forward=policy.diffusion.forward, **k: (
-            seen.append(len(latents)) or _forward(latents, *a, **k)
-        ),
+    hook = policy.diffusion.proj_out.register_forward_hook(
+        lambda module, given, out: seen.append(len(out))
     )
     policy.render(hidden_rows(policy, 2), steps=3, guidance=1.0)
     assert seen == [2, 2, 2]
     policy.render(hidden_rows(policy, 2), steps=1, guidance=1.5)
     assert seen[3:] == [4]
+    hook.remove()
+
+
+@pytest.mark.parametrize("variant", ["shipped", "qk_norm", "two pixels a patch"])
+def test_the_denoiser_is_the_head_with_fixed_conditions(variant):
+    """Against the library's own forward pass, for both branches, of heads of other kinds too."""
+    torch.manual_seed(0)
+    head = SanaTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=2,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=8,
+        cross_attention_dim=16,
+        caption_channels=12,
+        mlp_ratio=2.0,
+        sample_size=8,
+        patch_size=2 if variant == "two pixels a patch" else 1,
+        norm_elementwise_affine=variant == "qk_norm",
+        qk_norm="rms_norm_across_heads" if variant == "qk_norm" else None,
+        interpolation_scale=1 if variant == "shipped" else None,
+    ).eval()
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.normal_(std=0.4)
+    latents = torch.randn(3, 4, 8, 8 if variant == "shipped" else 16)  # not square
+    conditions, null = torch.randn(3, 5, 12), torch.randn(1, 5, 12)
+    denoiser = Denoiser(head, conditions, null)
+    for moment in (1000.0, 250.0):
+        timestep = torch.tensor(moment)
+        found = denoiser.velocity(latents, timestep)
+        for velocity, given in zip(found, (conditions, null.expand_as(conditions)), strict=True):
+            with torch.no_grad():
+                expected = head(latents, given, timestep=timestep.expand(3)).sample
+            assert expected.std() > 0.1
+            torch.testing.assert_close(velocity, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_a_picture_is_a_function_of_its_row_and_its_noise(policy):
