@@ -52,7 +52,8 @@ class Suite:
     title: str
     version: int
     records: tuple[Record, ...]
-    score: Callable[[Image.Image, Record], SampleScore]
+    score: Callable[[Any, Record], SampleScore]
+    """Gets the picture that the policy made, or its answers where the suite asks questions."""
     metrics: Mapping[str, Metric]
     not_comparable: str | None
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -62,7 +63,9 @@ class Suite:
     workers: int = 1
     """Pictures scored at the same time, in threads: above 1 where a scorer waits for a judge."""
     reference: Callable[[Record], Image.Image] | None = None
-    """The picture to edit of a record; None where prompts alone are drawn."""
+    """The picture to edit, or to ask about, of a record; None where prompts alone are drawn."""
+    answers: bool = False
+    """The policy answers each of a record's `questions` about its reference, and draws nothing."""
     published: Callable[[Sequence[Mapping[str, Any]]], dict[str, float]] | None = None
     """The numbers that publications show, from rows of samples.jsonl that were scored; None where
     the means over tasks are those."""
