@@ -87,7 +87,11 @@ def _run(
         )
         rewards = parts.enter_context(build_rewards(recipe))
         rewards.check_records(records)
-        suite = load_suite(recipe.evals.suite, recipe.evals.limit) if recipe.evals.every else None
+        suite = (
+            load_suite(recipe.evals.suite, recipe.evals.limit).from_prompts_alone()
+            if recipe.evals.every
+            else None
+        )
         asked = {str(r["prompt"]) for r in [*records, *(suite.records if suite else ())]}
         longest = max(map(len, policy.prompt_ids(sorted(asked))))
         engine = parts.enter_context(closing(build_engine(recipe, policy, longest)))

@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 from PIL import Image
 
+from common.errors import UsageError
+
 Record = Mapping[str, Any]
 
 
@@ -74,6 +76,16 @@ class Suite:
     def headline(self) -> str:
         """Name of the metric that comparisons are decided on."""
         return next(iter(self.metrics))
+
+    def from_prompts_alone(self) -> "Suite":
+        """Return the suite itself; raise UsageError if it shows the policy pictures."""
+        if self.reference is not None:
+            raise UsageError(
+                f"suite `{self.name}` shows the policy pictures, and training draws from prompts "
+                "alone.\n    Fix: take another suite in the recipe; use this one with "
+                "`atelier eval`."
+            )
+        return self
 
     def comparability(self, seeds: int, limit: int | None) -> str | None:
         """Return why an evaluation must not stand beside a published leaderboard; None if it may.
