@@ -71,7 +71,7 @@ def refuse_missing_parts(recipe: "GrpoRecipe") -> None:
                 "down_proj."
             )
     if recipe.evals.every:
-        load_suite(recipe.evals.suite, recipe.evals.limit)
+        load_suite(recipe.evals.suite, recipe.evals.limit).from_prompts_alone()
 
 
 def _print_problems(error: Any) -> None:

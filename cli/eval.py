@@ -118,6 +118,8 @@ def summary(results: dict[str, Any]) -> list[str]:
     rows += [(task, part["metrics"][headline]) for task, part in results["tasks"].items()]
     width = max(len(task) for task, _ in rows)
     lines = [f"{facts['title']}, {headline}, {results['images']} pictures"]
+    if lacking := results.get("not_supported"):
+        return [*lines, f"  not supported: {lacking}"]
     for task, estimate in rows:
         if estimate is None:
             lines.append(f"  {task:<{width}}  not scored")

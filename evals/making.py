@@ -1,12 +1,15 @@
-"""Making the pictures of a suite: from prompts alone, or from instructions and pictures to edit."""
+"""What a policy makes for a suite: pictures, edited pictures, or answers to questions."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from PIL import Image
 
 from common.errors import PolicyError
 from evals.suites import Record, Suite
+
+SHOWN = 512
+"""Largest side, in pixels, of the copy that is kept of a picture asked about."""
 
 
 class ImagePolicy(Protocol):
@@ -32,23 +35,74 @@ class ImagePolicy(Protocol):
         """
 
 
+@runtime_checkable
+class AnsweringPolicy(Protocol):
+    """What a suite of questions needs of a policy."""
+
+    def answer(self, image: Image.Image, question: str) -> str:
+        """Return the answer to a question about a picture, as text."""
+
+
+def not_supported(policy: object, suite: Suite) -> str | None:
+    """Return why the policy cannot be evaluated on a suite of questions; None if it can."""
+    if suite.answers and not isinstance(policy, AnsweringPolicy):
+        return "the policy answers no questions"
+    return None
+
+
 def check_policy(policy: ImagePolicy, suite: Suite) -> None:
     """Raise PolicyError if the suite asks for edits and the policy takes no reference pictures."""
-    if suite.reference is not None and getattr(policy.config, "edit_template", None) is None:
+    edits = suite.reference is not None and not suite.answers
+    if edits and getattr(policy.config, "edit_template", None) is None:
         raise PolicyError(
             f"suite `{suite.name}` asks for edits, and this policy draws from text alone.\n"
             "    Fix: evaluate a policy that was trained to edit (see recipes/tiny/edit.yaml)."
         )
 
 
-def make_pictures(
+def make(
+    policy: ImagePolicy,
+    suite: Suite,
+    records: Sequence[Record],
+    seeds: Sequence[int],
+    settings: Mapping[str, Any],
+) -> tuple[list[Image.Image], Sequence[Any]]:
+    """Return for each record the picture to keep and what the suite scores.
+
+    Both are the picture made; of a suite of questions the first is the picture asked about, made
+    small, and the second the list of answers, None where the policy cannot answer. `settings` holds
+    steps, guidance and temperature.
+    """
+    if suite.answers:
+        return _answered(policy, suite, records)
+    made = _pictures(policy, suite, records, seeds, settings)
+    return made, made
+
+
+def _answered(
+    policy: object, suite: Suite, records: Sequence[Record]
+) -> tuple[list[Image.Image], list[list[str] | None]]:
+    assert suite.reference is not None  # a suite of questions has pictures to ask about
+    shown, answers = [], []
+    for record in records:
+        picture = suite.reference(record)
+        told = None
+        if isinstance(policy, AnsweringPolicy):
+            told = [policy.answer(picture, question) for question in record["questions"]]
+        answers.append(told)
+        small = picture.copy()
+        small.thumbnail((SHOWN, SHOWN))
+        shown.append(small)
+    return shown, answers
+
+
+def _pictures(
     policy: ImagePolicy,
     suite: Suite,
     records: Sequence[Record],
     seeds: Sequence[int],
     settings: Mapping[str, Any],
 ) -> list[Image.Image]:
-    """Return one picture for each record; `settings` holds steps, guidance and temperature."""
     prompts = [str(record["prompt"]) for record in records]
     how = {key: settings[key] for key in ("steps", "guidance", "temperature")}
     if suite.reference is None:

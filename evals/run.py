@@ -16,8 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from common.atomic import write_text
 from common.errors import AtelierError
 from common.journal import Journal
@@ -25,7 +23,7 @@ from common.lock import folder_lock
 from common.progress import Progress, SilentProgress
 from common.seeds import counter_seed
 from evals.environment import environment
-from evals.making import ImagePolicy, check_policy, make_pictures
+from evals.making import ImagePolicy, check_policy, make, not_supported
 from evals.policy_hash import policy_hash
 from evals.results import (
     IMAGES,
@@ -124,12 +122,14 @@ def evaluate(
         progress.finish(task)
         samples = [done[record["prompt_id"], i] for record, i in wanted]
         not_comparable = comparability(whole, seeds, limit, samples)
-        facts = {
+        facts: dict[str, Any] = {
             "policy": {"name": name or out.name, "hash": identity["policy_hash"]},
             "suite": suite_facts(suite) | {"not_comparable": not_comparable},
             "settings": {key: v for key, v in identity.items() if key not in _NOT_SETTINGS},
             "command": command,
         }
+        if lacking := not_supported(policy, suite):
+            facts["not_supported"] = lacking
         return write_results(out, samples, facts | published_numbers(suite, samples))
 
 
@@ -207,10 +207,10 @@ def _sample_batch(
 ) -> list[Sample]:
     seeds = [sample_seed(suite.name, record["prompt_id"], index) for record, index in batch]
     started = time.perf_counter()
-    images = make_pictures(policy, suite, [record for record, _ in batch], seeds, identity)
+    images, made = make(policy, suite, [record for record, _ in batch], seeds, identity)
     generating = (time.perf_counter() - started) / len(batch)
     with ThreadPoolExecutor(suite.workers) as pool:
-        scores = list(pool.map(partial(_score, suite), images, [record for record, _ in batch]))
+        scores = list(pool.map(partial(_score, suite), made, [record for record, _ in batch]))
     rows = []
     for (record, index), seed, image, (score, scoring) in zip(
         batch, seeds, images, scores, strict=True
@@ -240,11 +240,13 @@ def _sample_batch(
     return rows
 
 
-def _score(suite: Suite, image: Image.Image, record: Record) -> tuple[SampleScore, float]:
-    """Return what the scorer says and the seconds that it took."""
+def _score(suite: Suite, made: Any, record: Record) -> tuple[SampleScore, float]:
+    """Return what the scorer says of a picture or of answers, and the seconds that it took."""
     started = time.perf_counter()
+    if made is None:
+        return SampleScore(dict.fromkeys(suite.metrics), "not supported by the policy"), 0.0
     try:
-        score = suite.score(image, record)
+        score = suite.score(made, record)
     except AtelierError as error:
         score = SampleScore(dict.fromkeys(suite.metrics), f"could not be scored: {error}")
     return score, time.perf_counter() - started

@@ -98,7 +98,11 @@ def _run(
         if recipe.rollout.replay:
             check_saved(Path(recipe.rollout.replay), recipe.train.steps)
         check_parts(recipe, rewards)
-        suite = load_suite(recipe.evals.suite, recipe.evals.limit) if recipe.evals.every else None
+        suite = (
+            load_suite(recipe.evals.suite, recipe.evals.limit).from_prompts_alone()
+            if recipe.evals.every
+            else None
+        )
         asked = {str(r["prompt"]) for r in [*records, *(suite.records if suite else ())]}
         longest = max(map(len, policy.prompt_ids(sorted(asked))))
         events: Events = []

@@ -31,9 +31,13 @@ _suites.add("geneval-scenes", "evals.suites.geneval_scenes:geneval_scenes")
 _suites.add("hps-v2", "evals.suites.hps_v2:hps_v2")
 _suites.add("image-reward", "evals.suites.image_reward:image_reward")
 _suites.add("imgedit", "evals.suites.imgedit:imgedit")
+_suites.add("mmbench", "evals.suites.mmbench:mmbench")
+_suites.add("mmmu", "evals.suites.mmmu:mmmu")
 _suites.add("ocr-scenes", "evals.suites.ocr_scenes:ocr_scenes")
 _suites.add("pick-score", "evals.suites.pick_score:pick_score")
 _suites.add("prompt-file", "evals.suites.prompt_file:prompt_file")
+_suites.add("seed-bench", "evals.suites.seed_bench:seed_bench")
+_suites.add("textvqa", "evals.suites.textvqa:textvqa")
 _suites.add("wise", "evals.suites.wise:wise")
 
 

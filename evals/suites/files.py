@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,7 +39,7 @@ def read_table(file: Path, needed: Sequence[str]) -> list[dict[str, str]]:
     """
     separator = "\t" if file.suffix == ".tsv" else ","
     csv.field_size_limit(2**30)  # some benchmarks keep whole pictures in a cell
-    reader = csv.DictReader(_text(file).splitlines(keepends=True), delimiter=separator)
+    reader = csv.DictReader(io.StringIO(_text(file), newline=""), delimiter=separator)
     for column in needed:
         if column not in (reader.fieldnames or ()):
             found = ", ".join(reader.fieldnames or ()) or "none"

@@ -19,10 +19,9 @@ from evals.suites.judged import (
     judge_of,
     not_comparable,
     numbers,
-    settings_of,
     task_means,
 )
-from evals.suites.rewarded import mean
+from evals.suites.rewarded import mean, recorded
 from evals.suites.suite import Metric, Record, SampleScore, Suite
 
 Language = Literal["en", "cn"]
@@ -90,7 +89,7 @@ def gedit(data: str, language: str = "en", **judge: str) -> Suite:
             "quality": Metric("Picture quality", "amount"),
         },
         not_comparable=not_comparable(asked, JUDGES, len(records), PROMPTS, own_words=True),
-        settings={"files_sha256": digest(files), "language": language, **settings_of(asked)},
+        settings={"files_sha256": digest(files), "language": language, **recorded(judge, "judge")},
         pictures=1,
         workers=WORKERS,
         reference=reference,

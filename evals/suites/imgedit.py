@@ -17,10 +17,9 @@ from evals.suites.judged import (
     ask,
     judge_of,
     not_comparable,
-    settings_of,
     task_means,
 )
-from evals.suites.rewarded import mean
+from evals.suites.rewarded import mean, recorded
 from evals.suites.suite import Metric, Record, SampleScore, Suite, task_of
 
 PROMPTS = 737
@@ -66,7 +65,7 @@ def imgedit(edits: str, images: str, questions: str, **judge: str) -> Suite:
         not_comparable=not_comparable(asked, JUDGES, len(records), PROMPTS, own_words=False),
         settings={
             "files_sha256": digest([Path(edits), Path(questions)]),
-            **settings_of(asked),
+            **recorded(judge, "judge"),
         },
         pictures=1,
         workers=WORKERS,

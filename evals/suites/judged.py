@@ -50,16 +50,6 @@ def numbers(answer: Mapping[str, Any], key: str, count: int, most: float) -> lis
     return found if whole else None
 
 
-def settings_of(judge: Judge) -> dict[str, Any]:
-    """Return what decides the judge's answers, to be recorded."""
-    return {
-        "judge_model": judge.model,
-        "judge_url": judge.base_url,
-        "judge_temperature": judge.temperature,
-        "judge_max_tokens": judge.max_tokens,
-    }
-
-
 def not_comparable(
     judge: Judge, published: Sequence[str], found: int, prompts: int, *, own_words: bool
 ) -> str:

@@ -11,8 +11,10 @@ from recipes.yaml_loader import parse_yaml
 from rewards.runner import RewardRunner, RewardSpec
 
 TIMEOUT_S = 600.0
-_NO_SCORE = ("device", "cache", "concurrency", "retries", "timeout_s", "api_key_env", "budget_usd")
-"""Arguments that cannot change a score, and are not recorded with it."""
+NEUTRAL = (
+    "api_key_env", "budget_usd", "cache", "concurrency", "retries", "timeout_s", "usd_per_million",
+)  # fmt: skip
+"""Arguments of a judge that cannot change a score."""
 
 
 def reward_suite(
@@ -62,8 +64,14 @@ def typed(arguments: Mapping[str, str]) -> dict[str, Any]:
 
 
 def recorded(arguments: Mapping[str, str], prefix: str) -> dict[str, str]:
-    """Return those arguments that decide a score, under names of their own."""
-    return {f"{prefix}_{key}": text for key, text in arguments.items() if key not in _NO_SCORE}
+    """Return what is recorded of arguments: those that decide a score, under names of their own.
+
+    The others stand there as "any", whatever they are.
+    """
+    return {
+        key if key in NEUTRAL else f"{prefix}_{key}": "any" if key in NEUTRAL else text
+        for key, text in arguments.items()
+    }
 
 
 def mean_over_prompts(samples: Sequence[Mapping[str, Any]], metric: str) -> float:

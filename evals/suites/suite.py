@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 from PIL import Image
 
+from common.errors import UsageError
+
 Record = Mapping[str, Any]
 
 
@@ -52,7 +54,8 @@ class Suite:
     title: str
     version: int
     records: tuple[Record, ...]
-    score: Callable[[Image.Image, Record], SampleScore]
+    score: Callable[[Any, Record], SampleScore]
+    """Gets the picture that the policy made, or its answers where the suite asks questions."""
     metrics: Mapping[str, Metric]
     not_comparable: str | None
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -63,7 +66,9 @@ class Suite:
     workers: int = 1
     """Pictures scored at the same time, in threads: above 1 where a scorer waits for a judge."""
     reference: Callable[[Record], Image.Image] | None = None
-    """The picture to edit of a record; None where prompts alone are drawn."""
+    """The picture to edit, or to ask about, of a record; None where prompts alone are drawn."""
+    answers: bool = False
+    """The policy answers each of a record's `questions` about its reference, and draws nothing."""
     published: Callable[[Sequence[Mapping[str, Any]]], dict[str, float]] | None = None
     """The numbers that publications show, from rows of samples.jsonl that were scored; None where
     the means over tasks are those."""
@@ -72,6 +77,16 @@ class Suite:
     def headline(self) -> str:
         """Name of the metric that comparisons are decided on."""
         return next(iter(self.metrics))
+
+    def from_prompts_alone(self) -> "Suite":
+        """Return the suite itself; raise UsageError if it shows the policy pictures."""
+        if self.reference is not None:
+            raise UsageError(
+                f"suite `{self.name}` shows the policy pictures, and training draws from prompts "
+                "alone.\n    Fix: take another suite in the recipe; use this one with "
+                "`atelier eval`."
+            )
+        return self
 
     def comparability(self, seeds: int, limit: int | None) -> str | None:
         """Return why an evaluation must not stand beside a published leaderboard; None if it may.

@@ -17,10 +17,9 @@ from evals.suites.judged import (
     judge_of,
     not_comparable,
     numbers,
-    settings_of,
     task_means,
 )
-from evals.suites.rewarded import mean
+from evals.suites.rewarded import mean, recorded
 from evals.suites.suite import Metric, Record, SampleScore, Suite
 
 JUDGES = ("gpt-4o-2024-05-13",)
@@ -75,7 +74,7 @@ def wise(prompts: str, **judge: str) -> Suite:
             **{name: Metric(name.replace("_", " ").capitalize(), "amount") for name in WEIGHTS},
         },
         not_comparable=not_comparable(asked, JUDGES, len(records), PROMPTS, own_words=True),
-        settings={"files_sha256": digest(files), **settings_of(asked)},
+        settings={"files_sha256": digest(files), **recorded(judge, "judge")},
         pictures=1,
         workers=WORKERS,
         published=_published,

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 from published_checkpoint import edit_policy
 
+from cli.main import main
 from common.errors import PolicyError
 from data.scene_edits import edit_records, scene_of
 from data.scenes import Scene, SceneObject, is_held_out, render_scene
@@ -157,6 +158,13 @@ def test_an_engine_edits_as_the_policy_does() -> None:
     own = model.generate(["make it blue"], **how)[0]
     drawn = EnginePolicy(model, engine).generate(["make it blue"], **how)[0]
     np.testing.assert_array_equal(np.asarray(drawn), np.asarray(own))
+
+
+def test_training_does_not_take_a_suite_that_shows_pictures(capsys) -> None:
+    """It would draw from the instructions alone, and score pictures of nothing."""
+    assert main(["check", "geneval-scenes", "evals.suite=edit-scenes", "evals.every=5"]) != 0
+    assert "shows the policy pictures" in "".join(capsys.readouterr())
+    assert load_suite("geneval-scenes").from_prompts_alone()
 
 
 def test_a_policy_that_draws_from_text_alone_is_refused_before_anything_is_written(

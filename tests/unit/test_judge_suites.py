@@ -102,6 +102,8 @@ def test_imgedit_means_over_marks_then_types(imgedit, server: Server, tmp_path: 
     assert "3 prompts instead of 737" in reason
     assert "no published checksum" in reason
     assert "judged by" not in reason  # gpt-4o is the published judge
+    kept = load_suite("imgedit", options=imgedit | options | {"cache": str(tmp_path / "c")})
+    assert (kept.settings["judge_model"], kept.settings["cache"]) == ("gpt-4o", "any")
     other = load_suite("imgedit", options=imgedit | options | {"model": "judge-7b"})
     assert "judged by judge-7b, not by gpt-4o or gpt-4.1" in other.not_comparable
 

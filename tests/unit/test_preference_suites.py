@@ -161,10 +161,9 @@ def test_pick_score_shows_the_score_itself_beside_the_one_of_training(tmp_path: 
 
 def test_what_decides_a_score_is_recorded(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("a red dog\n")
-    options = {"prompts": str(tmp_path / "p.txt"), "weights": "w", "device": "cpu"}
+    options = {"prompts": str(tmp_path / "p.txt"), "weights": "w"}
     settings = load_suite("pick-score", options=options).settings
     assert settings["reward_weights"] == "w"
-    assert "reward_device" not in settings
     (tmp_path / "p.txt").write_text("a blue dog\n")
     other = load_suite("pick-score", options=options).settings
     assert other["prompts_sha256"] != settings["prompts_sha256"]
