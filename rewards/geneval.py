@@ -71,7 +71,7 @@ def geneval(
     if compat is not None:
         caveats.append("the rules are those of flow_grpo's reward server, not GenEval's")
     elif strict_weight != 1 or soft_weight != 0 or extra_penalty * max_extra != 0:
-        caveats.append("the score is a mixture; GenEval's is the strict verdict alone")
+        caveats.append("the score is a mixture, GenEval's is the strict verdict alone")
     upright = [ImageOps.exif_transpose(image) for image in images]
     quirk = compat is not None and judge.name == "mask2former"
     detections = judge.detect([_exchanged(x) for x in upright] if quirk else upright)

@@ -95,7 +95,8 @@ def ocr(
             "lines": _in_pixels(found, image.width / array.shape[1]),
             "size": list(image.size),
         }
-        scores.append(Score(value, f"read `{raw}`, expected `{' '.join(expected)}`", details))
+        told = f"`{raw}`" if raw else "nothing"
+        scores.append(Score(value, f"read {told}, expected `{' '.join(expected)}`", details))
     return scores
 
 

@@ -250,7 +250,8 @@ class _Pictures:
 
 def _read_job(body: bytes, limits: Limits, pictures: _Pictures) -> _Job:
     try:
-        job = _Job.model_validate(msgpack.unpackb(body, ext_hook=pictures.in_column))
+        unpacked = msgpack.unpackb(body, ext_hook=pictures.in_column, strict_map_key=False)
+        job = _Job.model_validate(unpacked)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(map(str, first["loc"])) or "the request"

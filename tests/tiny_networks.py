@@ -1,7 +1,6 @@
 """Small networks with random weights of fixed seeds, saved in the formats of the published ones."""
 
 import json
-import math
 from pathlib import Path
 
 import torch
@@ -43,32 +42,6 @@ def byte_level_clip_tokenizer(folder: Path):
     return CLIPTokenizer(
         str(folder / "vocab.json"), str(folder / "merges.txt"), pad_token="<|endoftext|>"
     )
-
-
-def save_tiny_pick_score(folder: Path):
-    """Save a small PickScore under weights/ and processor/; return the network and processor."""
-    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
-
-    tokenizer = byte_level_clip_tokenizer(folder)
-    tokenizer.model_max_length = 32
-    small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
-             "num_attention_heads": 2}  # fmt: skip
-    config = CLIPConfig(
-        text_config=small | {"vocab_size": len(tokenizer), "max_position_embeddings": 32,
-                             "bos_token_id": len(tokenizer) - 2,
-                             "eos_token_id": len(tokenizer) - 1},
-        vision_config=small | {"image_size": 32, "patch_size": 8},
-        projection_dim=16,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    network = CLIPModel(config).eval()
-    with torch.no_grad():
-        network.logit_scale.fill_(math.log(100))  # as in the published weights
-    network.save_pretrained(folder / "weights")
-    images = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    processor = CLIPProcessor(images, tokenizer)
-    processor.save_pretrained(folder / "processor")
-    return network, processor
 
 
 def tiny_mask2former():

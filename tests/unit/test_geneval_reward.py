@@ -62,7 +62,7 @@ def test_details_explain_the_score():
         "soft": 1.0,
         "extra": 1,
         "detector": "told",
-        "not_comparable": "made up; the score is a mixture; GenEval's is the strict verdict alone",
+        "not_comparable": "made up; the score is a mixture, GenEval's is the strict verdict alone",
         "objects": [
             {"label": "circle", "color": "red", "score": 0.95, "box": [0, 0, 4, 4]},
             {"label": "ring", "color": None, "score": 0.95, "box": [9, 0, 13, 4]},

@@ -2,14 +2,13 @@
 
 import json
 import math
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_networks import save_tiny_pick_score
+from tiny_preference import HEADS, save_aesthetic_head, save_image_reward, save_pick_score
 
 from common.errors import RewardError
 from rewards import load_reward
@@ -76,7 +75,7 @@ def test_safetensors_are_read_too(tiny_clip, tmp_path):
 
 
 def test_pick_score(tmp_path):
-    network, processor = save_tiny_pick_score(tmp_path)
+    network, processor = save_pick_score(tmp_path)
     expected = []
     for picture, prompt in zip(PICTURES, PROMPTS, strict=True):
         with torch.inference_mode():
@@ -95,13 +94,7 @@ def test_pick_score(tmp_path):
 
 def test_aesthetic_is_five_linear_layers_on_the_clip_feature(tiny_clip, clip_features, tmp_path):
     """sac+logos+ava1-l14-linearMSE.pth: layers.0, 2, 4, 6, 7, dropouts between the first four."""
-    torch.manual_seed(1)
-    widths = [32, 24, 16, 8, 4, 1]
-    layers = {}
-    for number, (inputs, outputs) in zip([0, 2, 4, 6, 7], pairwise(widths), strict=True):
-        layers[f"layers.{number}.weight"] = torch.randn(outputs, inputs)
-        layers[f"layers.{number}.bias"] = torch.randn(outputs)
-    torch.save(layers, tmp_path / "head.pth")
+    layers = save_aesthetic_head(tmp_path / "head.pth")
     value = clip_features[0]
     for number in [0, 2, 4, 6, 7]:
         value = value @ layers[f"layers.{number}.weight"].T + layers[f"layers.{number}.bias"]
@@ -111,43 +104,6 @@ def test_aesthetic_is_five_linear_layers_on_the_clip_feature(tiny_clip, clip_fea
 
 
 # --- ImageReward ----------------------------------------------------------------------------------
-
-HEADS = 2  # of 64 each
-
-
-def bert_state(words, layers, seen, seed):
-    """A BERT with cross-attention under its first names, hidden 128."""
-    generator = torch.Generator().manual_seed(seed)
-    width, inner = 64 * HEADS, 96
-
-    def random(*shape):
-        return 0.1 * torch.randn(*shape, generator=generator)
-
-    state = {
-        "embeddings.word_embeddings.weight": random(words, width),
-        "embeddings.position_embeddings.weight": random(40, width),
-        "embeddings.position_ids": torch.arange(40)[None],
-        "embeddings.LayerNorm.weight": 1 + random(width),
-        "embeddings.LayerNorm.bias": random(width),
-    }
-
-    def linear(name, inputs, outputs):
-        state[f"{name}.weight"], state[f"{name}.bias"] = random(outputs, inputs), random(outputs)
-
-    for i in range(layers):
-        for kind, keys in (("attention", width), ("crossattention", seen)):
-            linear(f"encoder.layer.{i}.{kind}.self.query", width, width)
-            linear(f"encoder.layer.{i}.{kind}.self.key", keys, width)
-            linear(f"encoder.layer.{i}.{kind}.self.value", keys, width)
-            linear(f"encoder.layer.{i}.{kind}.output.dense", width, width)
-        linear(f"encoder.layer.{i}.intermediate.dense", width, inner)
-        linear(f"encoder.layer.{i}.output.dense", inner, width)
-        for part in ("attention", "crossattention"):
-            state[f"encoder.layer.{i}.{part}.output.LayerNorm.weight"] = 1 + random(width)
-            state[f"encoder.layer.{i}.{part}.output.LayerNorm.bias"] = random(width)
-        state[f"encoder.layer.{i}.output.LayerNorm.weight"] = 1 + random(width)
-        state[f"encoder.layer.{i}.output.LayerNorm.bias"] = random(width)
-    return state
 
 
 def bert_forward(state, layers, ids, mask, seen):
@@ -186,30 +142,8 @@ def bert_forward(state, layers, ids, mask, seen):
 
 @pytest.fixture(scope="module")
 def image_reward_files(tmp_path_factory):
-    """ImageReward.pt in the published names: BLIP's ViT is timm's, its BERT as written above."""
-    from timm.models.vision_transformer import VisionTransformer
-    from transformers import BertTokenizerFast
-
     folder = tmp_path_factory.mktemp("image_reward")
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "red", "dog", "two", "cups", "on", "bench"]
-    (folder / "vocab.txt").write_text("\n".join(words))
-    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder / "tokenizer")
-    torch.manual_seed(3)
-    vit = VisionTransformer(
-        img_size=32, patch_size=16, embed_dim=128, depth=2, num_heads=2, num_classes=0
-    ).eval()
-    text = bert_state(len(words) + 2, 2, 128, seed=4)
-    head = {}
-    widths = [128, 20, 12, 8, 4, 1]
-    for number, (inputs, outputs) in zip([0, 2, 4, 6, 7], pairwise(widths), strict=True):
-        head[f"{number}.weight"] = torch.randn(outputs, inputs)
-        head[f"{number}.bias"] = torch.randn(outputs)
-    state = {f"blip.visual_encoder.{k}": v for k, v in vit.state_dict().items()}
-    state |= {f"blip.text_encoder.{k}": v for k, v in text.items()}
-    state |= {f"mlp.layers.{k}": v for k, v in head.items()}
-    state |= {"blip.vision_proj.weight": torch.zeros(4, 128), "blip.text_proj.bias": torch.ones(4)}
-    torch.save(state, folder / "ImageReward.pt")
-    return folder, vit, text, head
+    return folder, *save_image_reward(folder)
 
 
 def test_image_reward_computes_what_its_parts_written_out_do(image_reward_files):

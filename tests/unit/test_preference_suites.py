@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_networks import save_tiny_pick_score
+from tiny_preference import save_pick_score
 
 from common.errors import DataError, RewardError
 from evals.results import load_results
@@ -145,7 +145,7 @@ def test_image_reward_averages_pictures_and_then_prompts(tmp_path: Path) -> None
 
 
 def test_pick_score_shows_the_score_itself_beside_the_one_of_training(tmp_path: Path) -> None:
-    save_tiny_pick_score(tmp_path)
+    save_pick_score(tmp_path)
     (tmp_path / "p.txt").write_text("a red dog\ntwo cups\n")
     where = {"weights": str(tmp_path / "weights"), "processor": str(tmp_path / "processor")}
     suite = load_suite("pick-score", options={"prompts": str(tmp_path / "p.txt"), **where})

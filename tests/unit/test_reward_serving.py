@@ -269,11 +269,11 @@ def test_the_client_brings_scores_reasons_details_and_columns(serve, tmp_path):
     token.write_text("s3cret\n")
     address = serve("s_red", token="s3cret")
     scored = remote_scores(
-        3, columns={"tag": [{"a": 1}] * 3}, servers=[address], token_file=str(token)
+        3, columns={"tag": [{"a": 1, 2: 3}] * 3}, servers=[address], token_file=str(token)
     )
     assert [s.parts["remote"] for s in scored] == [0, 1 / 255, 2 / 255]
     assert scored[2].reasons == {"remote": "p2"}
-    assert scored[2].details == {"remote": {"size": [6, 4], "tag": {"a": 1}}}
+    assert scored[2].details == {"remote": {"size": [6, 4], "tag": {"a": 1, "2": 3}}}
     token.write_text("other")
     [one] = remote_scores(1, servers=[address], token_file=str(token))
     assert one.total is None
