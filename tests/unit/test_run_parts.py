@@ -11,6 +11,7 @@ import torch
 from test_rollouts import engine_of
 from tiny_policy import write_recipe
 
+import rl.run
 from common.errors import DataError, RunError
 from common.progress import SilentProgress
 from data.prompts import draw_records
@@ -293,7 +294,7 @@ def test_what_several_processes_cannot_share_is_refused(override, words):
 
 def test_a_step_is_divided_among_processes(tmp_path, monkeypatch):
     """12 prompts x 12 images; whatever is asked for, a process has 36 of them."""
-    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setattr(rl.run, "process_count", lambda: 4)
     # Without starting them: what torch.distributed would answer.
     monkeypatch.setattr(GRPOConfig, "world_size", 4)
     for micro_batch, pieces in (("null", 1), (12, 3), (72, 1)):
