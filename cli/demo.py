@@ -25,9 +25,10 @@ TUNE_PROMPTS, TUNE_SEEDS = 72, 2
 def main(out: Path = Path("runs/demo")) -> int:
     """Run the demo in a new folder and return the exit code."""
     from cli import console
+    from cli.free_name import free_name
 
     try:
-        folder = _free(out)
+        folder = free_name(out)
         with console.progress() as progress:
             lines = run(folder, progress)
         for line in lines:
@@ -129,14 +130,6 @@ def result_line(title: str, comparison: dict[str, Any]) -> str:
         f"delta={entry['mean']:+.2f} ci95=[{entry['low']:+.2f}, {entry['high']:+.2f}] "
         f"prompts={comparison['prompts']} images={2 * comparison['pairs']}"
     )
-
-
-def _free(out: Path) -> Path:
-    number, candidate = 1, out
-    while candidate.exists():
-        number += 1
-        candidate = out.with_name(f"{out.name}-{number}")
-    return candidate
 
 
 if __name__ == "__main__":

@@ -82,8 +82,16 @@ def _work(recipe: "GrpoRecipe", anatomy: "Anatomy") -> dict[str, Any]:
 def _memory(recipe: "GrpoRecipe", anatomy: "Anatomy") -> dict[str, Any]:
     """Return the memory of every way to spread the run, and whether this device holds it."""
     from cli.machine import gpus, memory_bytes
-    from rl.memory import Memory, Sharding, grpo_memory
-    from rl.sizing import GPUS, LIBRARIES, SHARDINGS, change_that_fits, fits, with_training
+    from rl.memory import Sharding, grpo_memory
+    from rl.sizing import (
+        GPUS,
+        LIBRARIES,
+        SHARDINGS,
+        change_that_fits,
+        fits,
+        spread_over,
+        with_training,
+    )
 
     found = gpus() or [] if recipe.policy.device != "cpu" else []
     on_gpu = recipe.policy.device == "cuda" or bool(found)
@@ -95,7 +103,8 @@ def _memory(recipe: "GrpoRecipe", anatomy: "Anatomy") -> dict[str, Any]:
         device, capacity = "this machine", memory_bytes()
     libraries = 0 if on_gpu else LIBRARIES
 
-    def row(memory: Memory, sharding: Sharding) -> dict[str, Any]:
+    def row(sharding: Sharding) -> dict[str, Any]:
+        memory = grpo_memory(spread_over(recipe, sharding.gpus), anatomy, sharding)
         return {
             "gpus": sharding.gpus,
             "zero_stage": sharding.stage,
@@ -109,7 +118,7 @@ def _memory(recipe: "GrpoRecipe", anatomy: "Anatomy") -> dict[str, Any]:
     for lora in (True, False):
         trained = with_training(recipe, lora=lora)
         for sharding in spread if on_gpu else ():
-            memory = grpo_memory(trained, anatomy, sharding)
+            memory = grpo_memory(spread_over(trained, sharding.gpus), anatomy, sharding)
             options.append(
                 {
                     "training": "lora" if lora else "full",
@@ -134,7 +143,7 @@ def _memory(recipe: "GrpoRecipe", anatomy: "Anatomy") -> dict[str, Any]:
             {"change": change[0], "needs": change[1].peak + libraries} if change else None
         )
     return {
-        "memory": [row(grpo_memory(recipe, anatomy, each), each) for each in spread],
+        "memory": [row(sharding) for sharding in spread],
         "options": options,
         "verdict": verdict,
     }
@@ -237,7 +246,7 @@ def _show_memory(facts: dict[str, Any]) -> None:
     stages = [f"ZeRO-{row['zero_stage']}" if row["zero_stage"] else "" for row in rows]
     console.say(_line("memory of one GPU, GB", counts, indent=""), style="bold")
     console.say(_line("", stages), style="bold")
-    table = [(name, [row["resident"][name] for row in rows]) for name in kept]
+    table = [(name, [row["resident"].get(name, 0) for row in rows]) for name in kept]
     table += [(f"+ {name} (estimate)", [row["phases"][name] for row in rows]) for name in phases]
     table.append(("peak: one + at a time", [row["peak"] for row in rows]))
     for name, values in table:
@@ -259,6 +268,9 @@ def _show_options(facts: dict[str, Any]) -> None:
         console.say(_line("adapters" if training == "lora" else "all of ar", cells))
     sizes = ", ".join(f"{name} {size / 1e9:.0f} GB" for name, size in GPUS.items())
     console.say(f"  the smallest of {sizes} that holds the peak")
+    console.say("  several GPUs need torchrun and train.deepspeed=zero1 or zero2")
+    if facts["work"]["engine"] == "vllm":
+        console.say("  several GPUs need rollout.engine=transformers, as counted here")
     prompts = facts["work"]["prompts_per_step"]
     uneven = {row["gpus"] for row in facts["memory"] if prompts % row["gpus"]}
     for count in sorted(uneven):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 if TYPE_CHECKING:
-    from recipes import LoadedRecipe
+    from recipes import LoadedRecipe, Recipe
     from recipes.schema_pretrain import AutoencoderRecipe, ImageTokenizerRecipe, PretrainRecipe
 
 
@@ -56,13 +56,25 @@ def _files(loaded: "LoadedRecipe", run_dir: Path) -> dict[str, Any]:
     facts = {
         "folder": str(run_dir),
         "folder_is_free": not (run_dir.exists() and any(run_dir.iterdir())),
-        "metrics_rows": recipe.train.steps,
+        "metrics_rows": _rows(recipe),
     }
     if recipe.kind in ("grpo", "pretrain"):  # training of an image codec is short and saves none
         saved = -(-recipe.train.steps // recipe.save.every)
         facts["checkpoints_written"] = saved
         facts["checkpoints_kept"] = min(saved, recipe.save.keep_last)
     return facts
+
+
+def _rows(recipe: "Recipe") -> int:
+    """Return the numbers' rows in metrics.jsonl, without those of evaluations and bad samples."""
+    from recipes.schema_pretrain import CODEC_LOG_EVERY
+
+    steps = recipe.train.steps
+    if recipe.kind == "grpo":
+        return steps
+    if recipe.kind == "pretrain":  # the last row sums up the run
+        return steps // min(recipe.log.every, steps) + 1
+    return len({*range(0, steps, CODEC_LOG_EVERY), steps - 1})
 
 
 def _show_files(facts: dict[str, Any], run_dir: Path) -> None:
@@ -72,9 +84,10 @@ def _show_files(facts: dict[str, Any], run_dir: Path) -> None:
     size = facts.get("checkpoint_bytes")
     each = f", about {console.size(size)} each" if size else ""
     console.say("files", style="bold")
+    more = " and the evaluations" if facts["kind"] == "grpo" else ""
     rows = [
         (f"{run_dir}/recipe.yaml", "this recipe with all its values"),
-        (f"{run_dir}/metrics.jsonl", f"{files['metrics_rows']} rows and the evaluations"),
+        (f"{run_dir}/metrics.jsonl", f"{files['metrics_rows']} rows{more}"),
     ]
     if "checkpoints_written" in files:
         written, kept = files["checkpoints_written"], files["checkpoints_kept"]

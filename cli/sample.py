@@ -58,6 +58,7 @@ def register(app: typer.Typer) -> None:
         Every file says in its text field "atelier" how it was made.
         """
         from cli import console
+        from cli.free_name import free_name
         from cli.policy_folder import find_policy
         from common.errors import UsageError
         from common.seeds import counter_seed
@@ -65,7 +66,7 @@ def register(app: typer.Typer) -> None:
         if out is not None and out.suffix.lower() != ".png":
             raise UsageError(f"{out} does not end with .png.\n    Fix: --out {out.stem}.png")
         folder = find_policy(policy)
-        file = out or _free_name(Path("sample.png"))
+        file = out or free_name(Path("sample"), ".png")
         shown = None if reference is None else _read_reference(folder, reference)
         how: dict[str, Any] = {"steps": steps, "guidance": guidance, "temperature": temperature}
         how |= {"top_k": top_k, "top_p": top_p}
@@ -195,11 +196,3 @@ def _read_reference(folder: Path, reference: Path) -> "Image":
 def _identity(reference: Path) -> dict[str, str]:
     digest = hashlib.sha256(reference.read_bytes()).hexdigest()
     return {"name": reference.name, "sha256": digest}
-
-
-def _free_name(file: Path) -> Path:
-    number, candidate = 1, file
-    while candidate.exists() or candidate.with_suffix("").exists():
-        number += 1
-        candidate = file.with_name(f"{file.stem}-{number}{file.suffix}")
-    return candidate

@@ -60,13 +60,14 @@ def register(app: typer.Typer) -> None:
 
 def refuse_used(run_dir: Path) -> None:
     """Raise UsageError if the folder holds anything, so that no run is ever written over."""
+    from cli.free_name import free_name
     from common.errors import UsageError
 
     if run_dir.is_dir() and not any(run_dir.iterdir()):
         return
     if not run_dir.exists():
         return
-    another = f"--out {_free_name(run_dir)}"
+    another = f"--out {free_name(run_dir)}"
     if not run_dir.is_dir():
         raise UsageError(f"{run_dir} is a file, not a folder.\n    Fix: use {another}")
     if (run_dir / "policy" / "policy.json").is_file():
@@ -91,10 +92,3 @@ def finished(run_dir: Path) -> None:
             ("next", f"atelier eval {run_dir / 'policy'}"),
         ]
     )
-
-
-def _free_name(run_dir: Path) -> Path:
-    number = 2
-    while (candidate := run_dir.with_name(f"{run_dir.name}-{number}")).exists():
-        number += 1
-    return candidate

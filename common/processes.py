@@ -11,3 +11,8 @@ def is_main_process() -> bool:
 def local_rank() -> int:
     """Return the number of this process among those of its run on this machine."""
     return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def process_count() -> int:
+    """Return how many processes this run has."""
+    return int(os.environ.get("WORLD_SIZE", "1"))

@@ -321,8 +321,30 @@ class TrainSection(OptimizerSection):
     """The optimizer, one update a step."""
 
     micro_batch: Annotated[
-        int | None, Field(ge=1, description="Images per backward pass; null = a step at once.")
+        int | None,
+        Field(
+            ge=1,
+            description="Images per backward pass of a process; null = its share of a step at "
+            "once.",
+        ),
     ] = None
+    deepspeed: Annotated[
+        Literal["zero1", "zero2", "zero3"] | None,
+        Field(
+            description="Divide among processes the optimizer state (zero1), also gradients "
+            "(zero2); null = every process has all of it. zero3 is for pretraining alone."
+        ),
+    ] = None
+
+    @model_validator(mode="after")
+    def _samples_from_whole_weights(self) -> Self:
+        if self.deepspeed == "zero3":
+            raise cross_error(
+                "deepspeed",
+                "GRPO samples from the weights that it trains, and zero3 cuts them into pieces.",
+                "use zero2.",
+            )
+        return self
 
 
 class EvalsSection(Section):

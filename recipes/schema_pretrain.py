@@ -17,12 +17,14 @@ from recipes.schema_common import (
     cross_error,
 )
 
-Part = Literal[
+TrainedPart = Literal[
     "ar", "connector", "reference_connector", "diffusion", "diffusion.caption", "diffusion.patch"
 ]
 """What pretraining can train. `diffusion.caption` is the projection and norm of the conditions
 (`caption_projection`, `caption_norm`), `diffusion.patch` the way in and out of the latents
 (`patch_embed`, `proj_out`)."""
+CODEC_LOG_EVERY = 50
+"""Steps between two rows of numbers while an image codec is trained."""
 Route = Literal["cross_attention", "noise_space"]
 
 
@@ -286,7 +288,7 @@ class PretrainRecipe(Header):
         PretrainLossSection()
     )
     trainable: Annotated[
-        tuple[Part, ...],
+        tuple[TrainedPart, ...],
         Strict(False),
         Field(
             min_length=1,

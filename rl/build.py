@@ -4,8 +4,7 @@ Each stage reads a policy folder, trains some of its parts and writes a policy f
 """
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import replace
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Self
 
@@ -18,13 +17,16 @@ from common.lock import folder_lock
 from common.processes import is_main_process
 from common.progress import Progress, SilentProgress
 from common.seeds import counter_seed
+from evals.policy_hash import policy_hash
 from policy import Policy
 from policy.quiet import quiet_libraries
 from recipes import LoadedRecipe, Recipe, dump_recipe, load_recipe
+from recipes.locate import located
 from recipes.schema_pretrain import AutoencoderRecipe, ImageTokenizerRecipe, PretrainRecipe
 from rl.checkpoints import checkpoint_to_resume, newest_valid, step_of
 from rl.codecs import scene_pixels, train_autoencoder, train_image_tokenizer
 from rl.pretrain import pretrain, task_weights
+from rl.provenance import with_stage
 from rl.start_policy import export_policy, load_start
 
 CodecRecipe = ImageTokenizerRecipe | AutoencoderRecipe
@@ -34,11 +36,17 @@ class RunLog:
     """Writes what a run tells into its folder and onto the screen."""
 
     def __init__(
-        self, recipe: Recipe, run_dir: Path, progress: Progress, done: int | None = None
+        self,
+        recipe: Recipe,
+        run_dir: Path,
+        progress: Progress,
+        lock: AbstractContextManager[None],
+        done: int | None = None,
     ) -> None:
         self.recipe = recipe
         self.run_dir = run_dir
         self.progress = progress
+        self._lock = lock
         self._done = done
         self._last = done or 0
         self._held = ExitStack()
@@ -55,7 +63,7 @@ class RunLog:
         Only now, so that a run that cannot start leaves no folder behind.
         """
         if is_main_process():
-            self._held.enter_context(folder_lock(self.run_dir))
+            self._held.enter_context(self._lock)
             write_text(self.run_dir / "recipe.yaml", dump_recipe(self.recipe))
             self.journal = Journal(self.run_dir / "metrics.jsonl")
             self.journal.rewind(-1 if self._done is None else self._done)
@@ -82,16 +90,17 @@ def build(loaded: LoadedRecipe, run_dir: Path, progress: Progress | None = None)
     recipe = loaded.recipe
     progress = progress or SilentProgress()
     if isinstance(recipe, PretrainRecipe):
-        _pretrain(_located(recipe), run_dir, progress, None)
+        recipe = located(recipe, loaded.files)
+        _pretrain(recipe, run_dir, progress, None, folder_lock(run_dir))
         return
     assert isinstance(recipe, CodecRecipe)
     policy = load_start(recipe.policy.path, recipe.seed)
-    with RunLog(recipe, run_dir, progress) as log:
+    start = policy_hash(policy)
+    with RunLog(recipe, run_dir, progress, folder_lock(run_dir)) as log:
         log.begin()
         _train_codec(policy, recipe, log)
         progress.finish("train")
-        stages = [*policy.config.provenance.get("stages", []), recipe.name]
-        policy.config = replace(policy.config, provenance={"stages": stages, "seed": recipe.seed})
+        policy.config = with_stage(policy.config, recipe, start)
         with atomic_dir(run_dir / "policy") as staged:
             policy.save_pretrained(staged)
 
@@ -105,18 +114,23 @@ def resume(run_dir: Path, progress: Progress | None = None) -> None:
             f"`{recipe.name}` is a {recipe.kind} recipe, whose runs cannot be resumed.\n"
             "    Fix: run the stage again with `atelier train` and another --out."
         )
-    checkpoint = checkpoint_to_resume(run_dir, progress)
-    _pretrain(recipe, run_dir, progress, checkpoint)
+    with folder_lock(run_dir) if is_main_process() else nullcontext():
+        checkpoint = checkpoint_to_resume(run_dir, progress)
+        _pretrain(recipe, run_dir, progress, checkpoint, nullcontext())
 
 
 def _pretrain(
-    recipe: PretrainRecipe, run_dir: Path, progress: Progress, checkpoint: Path | None
+    recipe: PretrainRecipe,
+    run_dir: Path,
+    progress: Progress,
+    checkpoint: Path | None,
+    lock: AbstractContextManager[None],
 ) -> None:
     main = is_main_process()
     if not main:
         progress = SilentProgress()
     done = None if checkpoint is None else step_of(checkpoint)
-    with quiet_libraries(), RunLog(recipe, run_dir, progress, done) as log:
+    with quiet_libraries(), RunLog(recipe, run_dir, progress, lock, done) as log:
         pretrain(recipe, run_dir, log, progress, checkpoint)
         progress.finish("train")
         if not main:
@@ -125,22 +139,6 @@ def _pretrain(
         assert newest is not None
         with atomic_dir(run_dir / "policy") as staged:
             export_policy(recipe, newest, staged)
-
-
-def _located(recipe: PretrainRecipe) -> PretrainRecipe:
-    """Return the recipe with absolute paths, so that the run can be resumed from any folder."""
-    path, source = recipe.policy.path, recipe.data.source
-    if path not in (None, "base"):
-        policy = recipe.policy.model_copy(update={"path": _absolute(str(path))})
-        recipe = recipe.model_copy(update={"policy": policy})
-    if source != "scenes":
-        data = recipe.data.model_copy(update={"source": _absolute(source)})
-        recipe = recipe.model_copy(update={"data": data})
-    return recipe
-
-
-def _absolute(path: str) -> str:
-    return str(Path(path).expanduser().absolute())
 
 
 def _train_codec(policy: Policy, recipe: CodecRecipe, log: RunLog) -> None:

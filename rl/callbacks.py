@@ -5,9 +5,11 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import TrainerCallback
 
 from common.journal import Journal
+from common.processes import process_count
 from common.progress import Progress
 from rollout.micro_batch import Events
 from rollout.timeline import Interval, busy_seconds
@@ -97,7 +99,7 @@ class JournalCallback(TrainerCallback):
         for key, name in (("strict", "strict"), ("soft", "soft"), ("extra", "extra_objects")):
             values = [
                 float(details[key])
-                for scored in self.trainer.last_scores
+                for scored in self.trainer.all_scores
                 for details in scored.details.values()
                 if isinstance(details, dict) and details.get(key) is not None
             ]
@@ -142,7 +144,10 @@ class HeldOutCallback(TrainerCallback):
 
 
 class InterruptCallback(TrainerCallback):
-    """Turn SIGINT and SIGTERM into a checkpoint and a clean stop after the current step."""
+    """Turn SIGINT and SIGTERM into a checkpoint and a clean stop after the current step.
+
+    All processes stop after the same step, whichever of them was asked to.
+    """
 
     def __init__(self, progress: Progress) -> None:
         self.interrupted = False
@@ -162,6 +167,10 @@ class InterruptCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Ask for a checkpoint and the end of training."""
+        if process_count() > 1:
+            asked = torch.tensor(float(self.interrupted), device=args.device)
+            torch.distributed.all_reduce(asked)
+            self.interrupted = bool(asked)
         if self.interrupted:
             control.should_save = True
             control.should_training_stop = True

@@ -4,11 +4,17 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from common.atomic import sync_folder, write_text
+from common.atomic import full_disk_named, sync_folder, write_text
 from common.errors import RunError
 from common.progress import Progress
+
+if TYPE_CHECKING:
+    from transformers import Trainer
 
 MANIFEST = "manifest.json"
 
@@ -39,6 +45,29 @@ def publish(staged: Path, checkpoints: Path, step: int, keep_last: int) -> Path:
     for old in _folders(checkpoints)[:-keep_last]:
         shutil.rmtree(old)
     return target
+
+
+@contextmanager
+def published(trainer: "Trainer", checkpoints: Path, keep_last: int) -> Iterator[None]:
+    """Let all processes of a trainer write a checkpoint in the block, and publish it whole."""
+    own, staging = trainer.args.output_dir, checkpoints / ".staging"
+    main, wait = trainer.accelerator.is_main_process, trainer.accelerator.wait_for_everyone
+    if main:
+        shutil.rmtree(staging, ignore_errors=True)
+    wait()
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    trainer.args.output_dir = str(staging)
+    try:
+        with full_disk_named(checkpoints):
+            yield
+    finally:
+        trainer.args.output_dir = own
+    wait()
+    if main:
+        step = trainer.state.global_step
+        publish(staging / f"checkpoint-{step}", checkpoints, step, keep_last)
+        shutil.rmtree(staging)
+    wait()
 
 
 def newest_valid(checkpoints: Path) -> tuple[Path | None, list[str]]:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from data.scenes import paint, sample_scene
 from policy.image_tokenizer import ImageTokenizer
+from recipes.schema_pretrain import CODEC_LOG_EVERY
 from rl.optimizers import MuonAdamW
 
 Log = Callable[[int, dict[str, float]], None]
@@ -77,7 +78,7 @@ def train_image_tokenizer(
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
-        if step % 50 == 0 or step == steps - 1:
+        if step % CODEC_LOG_EVERY == 0 or step == steps - 1:
             used = float(codes.unique().numel()) if step >= warmup_steps else 0.0
             log(step + 1, {"mse": reconstruction.item(), "codes_in_batch": used})
 
@@ -146,7 +147,7 @@ def train_autoencoder(
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
-        if step % 50 == 0 or step == steps - 1:
+        if step % CODEC_LOG_EVERY == 0 or step == steps - 1:
             log(step + 1, {"mse": error.item(), "latent_std": spread.item()})
     with torch.no_grad():
         latents = torch.cat([autoencoder.encode(next(batches)).latent for _ in range(10)])

@@ -5,7 +5,6 @@ that also render (`rollout_func`), log-probs over the image rows alone, groups w
 left out of the update, and weight sync to an engine of ours.
 """
 
-import shutil
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,15 +12,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PrinterCallback, TrainerCallback
 
-from common.atomic import full_disk_named
 from common.errors import RunError
 from common.seeds import counter_seed
 from rewards.runner import RewardRunner, Scored
-from rl.checkpoints import publish
+from rl.checkpoints import published
 from rl.decode_check import DecodeCheck
 from rl.image_head import add_image_head
 from rl.replay import load_rollout, save_rollout
@@ -42,7 +41,7 @@ class ImageGRPOTrainer(GRPOTrainer):
     `sampler` makes the rollouts, `rewards` judges them, `sync` brings the weights of a step to the
     engine and proves that they arrived. Rollouts are also written to the folder `save_to`, or read
     from `replay` instead of being made. `last_rollout`, `last_prompts` and `last_scores` stay
-    readable for callbacks.
+    readable for callbacks, and `all_scores`, which has those of the other processes too.
     """
 
     def __init__(
@@ -75,6 +74,7 @@ class ImageGRPOTrainer(GRPOTrainer):
         self.timeline = Timeline()
         self.last_rollout: Rollout | None = None
         self.last_scores: list[Scored] = []
+        self.all_scores: list[Scored] = []
         self.last_prompts: list[str] = []
         self._asked: list[Mapping[str, Any]] = []  # the records of the step's samples
         self._old_logprobs: Tensor | None = None
@@ -94,7 +94,7 @@ class ImageGRPOTrainer(GRPOTrainer):
                     [{"prompt": record["prompt"], "place": i} for i, record in enumerate(records)]
                 ),
                 processing_class=policy.tokenizer,
-                callbacks=[*callbacks, _NoEmptySteps(self)],
+                callbacks=list(callbacks),
                 peft_config=peft_config,
                 rollout_func=_rollout,
             )
@@ -164,20 +164,19 @@ class ImageGRPOTrainer(GRPOTrainer):
 
         A picture's entry holds what each reward counts, which TRL multiplies with its weight.
         """
+        self.all_scores = gather_object(self.last_scores)
         weights = self.rewards.weights(self.state.global_step)
         self.reward_weights = torch.tensor([weights[name] for name in self.rewards.names])
         for name in self.rewards.names:
             parts = [p for s in self.last_scores if (p := s.parts[name]) is not None]
             if parts:
                 log_metric(f"parts/{name}", float(np.mean(parts)))
-        missing = sum(scored.total is None for scored in self.last_scores)
+        missing = sum(scored.total is None for scored in self.all_scores)
         log_metric("missing_rewards", float(missing))
-        # Over all processes, so that they stop together: one alone would leave the others waiting.
-        here = torch.tensor([len(self.last_scores) - missing], device=self.accelerator.device)
-        anywhere = bool(self.accelerator.gather(here).any())
-        self._unscored_steps = 0 if anywhere else self._unscored_steps + 1
+        nothing = missing == len(self.all_scores)
+        self._unscored_steps = self._unscored_steps + 1 if nothing else 0
         if self._unscored_steps == UNSCORED_STEPS:
-            name, reason = next(iter(self.last_scores[0].reasons.items()), ("-", "unknown"))
+            name, reason = next(iter(self.all_scores[0].reasons.items()), ("-", "unknown"))
             raise RunError(
                 f"no picture of the last {UNSCORED_STEPS} steps could be scored (reward "
                 f"`{name}`: {reason}).\n"
@@ -185,6 +184,21 @@ class ImageGRPOTrainer(GRPOTrainer):
                 "`atelier resume`."
             )
         return [scored.counted for scored in self.last_scores]
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Return TRL's optimizer, which leaves all as it is in a step that teaches nothing.
+
+        Its gradient is zero, and on a zero gradient AdamW would still follow its momentum. Said to
+        the optimizer itself, because DeepSpeed keeps gradients of its own.
+        """
+
+        def forget(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+            if self._nothing_to_learn:
+                optimizer.zero_grad(set_to_none=True)
+
+        optimizer = super().create_optimizer(model)
+        optimizer.register_step_pre_hook(forget)
+        return optimizer
 
     # --- private methods of TRL that the image case replaces (pinned by a contract test) ---------
 
@@ -218,7 +232,9 @@ class ImageGRPOTrainer(GRPOTrainer):
         advantages = output["advantages"]
         informative = torch.tensor(differ, device=advantages.device).repeat_interleave(size)
         advantages = advantages * informative
-        self._metrics["train"]["zero_variance_groups"].append(float(differ.count(False)))
+        alike = torch.tensor([float(differ.count(False))], device=advantages.device)
+        count_alike = float(self.accelerator.gather(alike).sum())
+        self._metrics["train"]["zero_variance_groups"].append(count_alike)
         anywhere = bool(self.accelerator.gather(informative.any()[None]).any())
         self._nothing_to_learn = not anywhere and (self.drop_zero_variance or self.beta == 0)
         if not self.drop_zero_variance:
@@ -238,19 +254,8 @@ class ImageGRPOTrainer(GRPOTrainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write into a staging folder and publish it whole."""
-        own, staging = self.args.output_dir, self.checkpoints / ".staging"
-        shutil.rmtree(staging, ignore_errors=True)
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
-        self.args.output_dir = str(staging)
-        try:
-            with full_disk_named(self.checkpoints):
-                super()._save_checkpoint(model, trial)
-        finally:
-            self.args.output_dir = own
-        if self.accelerator.is_main_process:
-            step = self.state.global_step
-            publish(staging / f"checkpoint-{step}", self.checkpoints, step, self.keep_last)
-            shutil.rmtree(staging)
+        with published(self, self.checkpoints, self.keep_last):
+            super()._save_checkpoint(model, trial)
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -279,20 +284,6 @@ class ImageGRPOTrainer(GRPOTrainer):
             logprobs.append(output.log_probs)
             entropies.append(output.entropy)
         return torch.cat(logprobs), torch.cat(entropies) if compute_entropy else None, None
-
-
-class _NoEmptySteps(TrainerCallback):
-    """Leaves weights and optimizer state alone in a step from which nothing can be learnt.
-
-    Its gradient is zero, and on a zero gradient the optimizer would still follow its momentum.
-    """
-
-    def __init__(self, trainer: ImageGRPOTrainer) -> None:
-        self._trainer = trainer
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._trainer._nothing_to_learn:
-            self._trainer.model.zero_grad(set_to_none=True)
 
 
 class _EngineSync:

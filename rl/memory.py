@@ -19,8 +19,7 @@ SAMPLER_ROWS = 256
 VLLM_CACHE = 2**30
 """Bytes that `VllmEngine` gives to keys and values unless told otherwise."""
 _BUCKET = 500_000_000
-_LIVE = 1_000_000_000
-"""DeepSpeed's defaults, in values: communication buckets, and parameters gathered by ZeRO-3."""
+"""DeepSpeed's default, in values: a bucket of communication."""
 _SINGLE = 4
 """Bytes of a float32."""
 
@@ -109,13 +108,13 @@ def _resident(recipe: GrpoRecipe, anatomy: Anatomy, sharding: Sharding, own: int
     states = 3 * _SINGLE * count if sharding.stage else 2 * own * count
     gradients = own * count
     resident = {
-        "weights of ar": _share(of_model, sharding, stage=3),
+        "weights of ar": of_model,
         "weights of the rest": (sum(counts.values()) - counts["ar"]) * width,
         "gradients": _share(gradients, sharding, stage=2),
         "optimizer states": _share(states, sharding, stage=1),
     }
     if recipe.algorithm.beta and lora is None:
-        resident["KL reference"] = _share(counts["ar"] * width, sharding, stage=3)
+        resident["KL reference"] = counts["ar"] * width
     if recipe.rollout.engine == "vllm":
         resident["vLLM's weights"] = counts["ar"] * width
         resident["vLLM's cache"] = VLLM_CACHE
@@ -127,13 +126,10 @@ def _share(count: int, sharding: Sharding, stage: int) -> int:
 
 
 def _communication(recipe: GrpoRecipe, anatomy: Anatomy, sharding: Sharding) -> int:
-    """Return DeepSpeed's buffers: a bucket to reduce, one to gather, or gathered parameters."""
+    """Return DeepSpeed's buffers: a bucket to reduce and one to gather."""
     if not sharding.stage:
         return 0
-    count = trained_parameters(recipe, anatomy)
-    bucket = min(_BUCKET, count)
-    gathered = bucket if sharding.stage < 3 else min(_LIVE, anatomy.parts["ar"].parameters)
-    return (bucket + gathered) * width_of(recipe)
+    return 2 * min(_BUCKET, trained_parameters(recipe, anatomy)) * width_of(recipe)
 
 
 # --- sampling ------------------------------------------------------------------------------------

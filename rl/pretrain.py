@@ -5,7 +5,6 @@ one after the other (the head on a finished language model), because a small hea
 moving one does not follow the tokens.
 """
 
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,7 +18,6 @@ from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from common.atomic import full_disk_named
 from common.errors import DataError, Interrupted, RecipeError, RunError
 from common.progress import Progress
 from data.scene_edits import SceneEdits
@@ -28,7 +26,7 @@ from data.shards import Shards
 from policy.policy import Policy
 from recipes.schema_pretrain import PretrainRecipe
 from rl.callbacks import InterruptCallback
-from rl.checkpoints import publish
+from rl.checkpoints import published
 from rl.corpus import BatchEncoder, Collator, PictureCorpus, Row, SceneCorpus
 from rl.devices import use_one_gpu
 from rl.ema import EmaCallback
@@ -186,39 +184,12 @@ class JointTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write into a staging folder and publish it whole."""
-        own, staging = self.args.output_dir, self._checkpoints / ".staging"
-        if self.accelerator.is_main_process:
-            shutil.rmtree(staging, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        self.args.output_dir = str(staging)
-        self._checkpoints.mkdir(parents=True, exist_ok=True)
-        try:
-            with full_disk_named(self._checkpoints):
-                super()._save_checkpoint(model, trial)
-        finally:
-            self.args.output_dir = own
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            step = self.state.global_step
-            publish(staging / f"checkpoint-{step}", self._checkpoints, step, self._keep_last)
-            shutil.rmtree(staging)
-        self.accelerator.wait_for_everyone()
+        with published(self, self._checkpoints, self._keep_last):
+            super()._save_checkpoint(model, trial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         weights = load_file(Path(resume_from_checkpoint) / WEIGHTS_FILE)
         load_trained(self.accelerator.unwrap_model(self.model), weights)
-
-
-class AgreedInterrupt(InterruptCallback):
-    """Stops all processes after the same step, whichever of them was asked to."""
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Ask for a checkpoint and the end if any process was interrupted."""
-        if args.world_size > 1:
-            asked = torch.tensor(float(self.interrupted), device=args.device)
-            torch.distributed.all_reduce(asked)
-            self.interrupted = bool(asked)
-        super().on_step_end(args, state, control, **kwargs)
 
 
 def pretrain(
@@ -268,7 +239,7 @@ def pretrain(
     ema = EmaCallback(named, train.ema) if train.ema else None
     if ema is not None and checkpoint is not None:
         ema.load(checkpoint)
-    interrupt = AgreedInterrupt(progress)
+    interrupt = InterruptCallback(progress)
     callbacks: list[TrainerCallback] = [interrupt]
     if train.deepspeed == "zero3":
         callbacks.append(WholeHead())

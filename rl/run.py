@@ -5,19 +5,20 @@ This file is the way in: read `_run` from top to bottom.
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from common.atomic import atomic_dir, write_text
 from common.errors import Interrupted, RunError
 from common.journal import Journal, read_journal
 from common.lock import folder_lock
+from common.processes import is_main_process, process_count
 from common.progress import Progress, SilentProgress
 from data.prompts import draw_records
+from evals.policy_hash import policy_hash
 from evals.results import held_out_row
 from evals.suites import Suite, load_suite
 from policy import Policy, policy_path
@@ -32,12 +33,14 @@ from rewards.spec import spec_from
 from rl.callbacks import HeldOutCallback, InterruptCallback, JournalCallback
 from rl.checkpoints import checkpoint_to_resume, step_of
 from rl.decode_check import DecodeCheck, decode_of_journal
-from rl.devices import training_device
+from rl.devices import training_device, use_one_gpu
 from rl.grpo import ImageGRPOTrainer, Sync
 from rl.lora import lora_config
+from rl.provenance import with_stage
 from rl.replay import check_saved, refuse_used
 from rl.rollouts import Sampler
 from rl.trl_release import GRPOConfig
+from rl.zero import zero_config
 from rollout.build import EngineSpec
 from rollout.decode import Decode
 from rollout.engine import Engine
@@ -59,7 +62,8 @@ def train(loaded: LoadedRecipe, run_dir: Path, progress: Progress | None = None)
     recipe = located(_grpo(loaded), loaded.files)
     if recipe.rollout.save_to:
         refuse_used(Path(recipe.rollout.save_to))
-    _run(recipe, run_dir, progress or SilentProgress(), None, folder_lock(run_dir))
+    lock = folder_lock(run_dir) if is_main_process() else nullcontext()
+    _run(recipe, run_dir, progress or SilentProgress(), None, lock)
 
 
 def resume(run_dir: Path, progress: Progress | None = None) -> None:
@@ -68,7 +72,7 @@ def resume(run_dir: Path, progress: Progress | None = None) -> None:
     path = run_dir / "recipe.yaml"
     if not path.is_file():
         raise RunError(f"{run_dir} is not a run: recipe.yaml is missing.")
-    with folder_lock(run_dir):
+    with folder_lock(run_dir) if is_main_process() else nullcontext():
         recipe = _grpo(load_recipe(str(path)))
         checkpoint = checkpoint_to_resume(run_dir, progress)
         _run(recipe, run_dir, progress, checkpoint, nullcontext())
@@ -81,8 +85,13 @@ def _run(
     checkpoint: Path | None,
     lock: AbstractContextManager[None],
 ) -> None:
+    main = is_main_process()
+    if not main:
+        progress = SilentProgress()
+    check_processes(recipe, process_count())
     with quiet_libraries(), ExitStack() as parts:
         policy = load_policy(recipe)
+        start = policy_hash(policy)
         lora = lora_config(recipe.policy.lora, policy) if recipe.policy.lora else None
         prompts = recipe.prompts
         records = draw_records(
@@ -119,22 +128,18 @@ def _run(
             rollout.waves,
             events,
         )
-        held_out = _held_out(recipe, suite, sampler, sync) if suite else None
         # Only now: a run that cannot start leaves no folder behind.
         parts.enter_context(lock)
-        write_text(run_dir / "recipe.yaml", dump_recipe(recipe))
-        journal = Journal(run_dir / "metrics.jsonl")
         done = 0 if checkpoint is None else step_of(checkpoint)
-        journal.rewind(-1 if checkpoint is None else done)
-        sampler.decode = decode_of_journal(read_journal(journal.path), sampler.decode)
-        shown, interrupt = JournalCallback(journal, progress, events), InterruptCallback(progress)
+        interrupt = InterruptCallback(progress)
         parts.callback(interrupt.give_back)
-        callbacks: list[TrainerCallback] = [shown, interrupt]
-        if held_out is not None:
-            callbacks.append(HeldOutCallback(recipe.evals.every, held_out, journal, progress))
+        arguments = trainer_config(recipe, run_dir, policy.config.num_tokens)
+        use_one_gpu(arguments, progress)
+        # Or transformers would load the next policy for DeepSpeed, too.
+        parts.callback(unset_hf_deepspeed_config)
         trainer = ImageGRPOTrainer(
             policy.ar,
-            trainer_config(recipe, run_dir, policy.config.num_tokens),
+            arguments,
             records,
             sampler=sampler,
             rewards=rewards,
@@ -143,12 +148,23 @@ def _run(
             decode_check=_decode_check(recipe, events),
             save_to=Path(rollout.save_to) if rollout.save_to else None,
             replay=Path(rollout.replay) if rollout.replay else None,
-            callbacks=callbacks,
+            callbacks=[interrupt],
             peft_config=lora,
             checkpoints=run_dir / "checkpoints",
             keep_last=recipe.save.keep_last,
         )
-        shown.trainer = trainer
+        if main:
+            write_text(run_dir / "recipe.yaml", dump_recipe(recipe))
+            journal = Journal(run_dir / "metrics.jsonl")
+            journal.rewind(-1 if checkpoint is None else done)
+            sampler.decode = decode_of_journal(read_journal(journal.path), sampler.decode)
+            shown = JournalCallback(journal, progress, events)
+            shown.trainer = trainer
+            trainer.add_callback(shown)
+            if suite:
+                held_out = _held_out(recipe, suite, sampler, sync)
+                every = recipe.evals.every
+                trainer.add_callback(HeldOutCallback(every, held_out, journal, progress))
         progress.start("train", recipe.train.steps)
         progress.advance("train", done)
         # The stages of a rollout help themselves; what is left is the update.
@@ -159,10 +175,47 @@ def _run(
         step = trainer.state.global_step
         if interrupt.interrupted and step < recipe.train.steps:
             raise Interrupted(f"stopped after step {step}; go on with `atelier resume {run_dir}`")
-        _write_policy(trainer, policy, recipe, run_dir)
+        if main:
+            _write_policy(trainer, policy, recipe, run_dir, start)
 
 
 # --- the parts -----------------------------------------------------------------------------------
+
+
+def check_processes(recipe: GrpoRecipe, processes: int) -> None:
+    """Raise RunError unless so many training processes can share the run."""
+    rollout = recipe.rollout
+    if processes == 1:
+        return
+    alone = {
+        "rollout.save_to": rollout.save_to,
+        "rollout.replay": rollout.replay,
+        "decode.check.every": recipe.decode.check.every,
+    }
+    for key, value in alone.items():
+        if value:
+            raise RunError(
+                f"{key}: works in one training process, and this run has {processes}.\n"
+                f"    Fix: leave {key} out."
+            )
+    if rollout.engine != "transformers" or rollout.workers:
+        key = "rollout.workers" if rollout.workers else "rollout.engine"
+        raise RunError(
+            f"{key}: of several training processes each samples for itself, with transformers.\n"
+            "    Fix: rollout.engine=transformers rollout.workers=0, or start one process."
+        )
+    if rollout.prompts_per_step % processes:
+        more = -(-rollout.prompts_per_step // processes) * processes
+        raise RunError(
+            f"rollout.prompts_per_step: {rollout.prompts_per_step} prompts cannot be divided among "
+            f"{processes} processes.\n    Fix: rollout.prompts_per_step={more}"
+        )
+    images = rollout.group_size * rollout.prompts_per_step // processes
+    if recipe.train.micro_batch and images % min(recipe.train.micro_batch, images):
+        raise RunError(
+            f"train.micro_batch: {recipe.train.micro_batch} does not divide the {images} images of "
+            f"a process.\n    Fix: use a divisor of {images}."
+        )
 
 
 def load_policy(recipe: GrpoRecipe) -> Policy:
@@ -229,15 +282,20 @@ def check_parts(recipe: GrpoRecipe, rewards: RewardRunner) -> None:
 
 def trainer_config(recipe: GrpoRecipe, run_dir: Path, completion_length: int) -> GRPOConfig:
     """Return the recipe in TRL's option names."""
-    images = recipe.rollout.group_size * recipe.rollout.prompts_per_step
-    micro_batch = recipe.train.micro_batch or images
+    images = recipe.rollout.group_size * recipe.rollout.prompts_per_step // process_count()
+    micro_batch = min(recipe.train.micro_batch or images, images)
     pieces = images // micro_batch
+    bf16_weights = recipe.policy.dtype == "bfloat16"
     algorithm = recipe.algorithm
     return GRPOConfig(
         output_dir=str(run_dir),
         seed=recipe.seed % 2**32,
         use_cpu=recipe.policy.device == "cpu" or not torch.cuda.is_available(),
         bf16=False,
+        # Of the trainer's options the one that says what the weights are, without autocast.
+        bf16_full_eval=bf16_weights and recipe.train.deepspeed is not None,
+        deepspeed=zero_config(recipe.train.deepspeed, bf16_weights),
+        ddp_find_unused_parameters=False,
         gradient_checkpointing=False,
         max_steps=recipe.train.steps,
         per_device_train_batch_size=micro_batch,
@@ -317,14 +375,13 @@ def _held_out(recipe: GrpoRecipe, suite: Suite, sampler: Sampler, sync: Sync) ->
 
 
 def _write_policy(
-    trainer: ImageGRPOTrainer, policy: Policy, recipe: GrpoRecipe, run_dir: Path
+    trainer: ImageGRPOTrainer, policy: Policy, recipe: GrpoRecipe, run_dir: Path, start: str
 ) -> None:
     """Merge the adapter and write the policy folder in one rename."""
     if recipe.policy.lora is not None:
         trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
     del policy.ar.forward  # the trainer's extended forward pass
-    trained = {"run": recipe.name, "steps": recipe.train.steps, "seed": recipe.seed}
-    policy.config = replace(policy.config, provenance={**policy.config.provenance, "grpo": trained})
+    policy.config = with_stage(policy.config, recipe, start)
     with atomic_dir(run_dir / "policy") as staged:
         policy.save_pretrained(staged)
 

@@ -13,7 +13,8 @@ USABLE = 0.9
 """Share of the memory that a plan may fill: the rest is for what it does not count."""
 LIBRARIES = 10**9
 """Bytes of Python and the libraries of a run, which count where the memory is the machine's."""
-SHARDINGS = (Sharding(), Sharding(8, 2), Sharding(8, 3), Sharding(32, 2), Sharding(32, 3))
+SHARDINGS = (Sharding(), Sharding(8, 1), Sharding(8, 2), Sharding(32, 1), Sharding(32, 2))
+"""What GRPO supports: it samples from the weights that it trains, which ZeRO-3 would divide."""
 
 
 def fits(memory: Memory, capacity: int) -> bool:
@@ -24,6 +25,11 @@ def fits(memory: Memory, capacity: int) -> bool:
 def smallest_gpu(memory: Memory) -> str | None:
     """Return the name of the smallest GPU that holds it; None if none does."""
     return next((name for name, capacity in GPUS.items() if fits(memory, capacity)), None)
+
+
+def spread_over(recipe: GrpoRecipe, gpus: int) -> GrpoRecipe:
+    """Return the recipe as several processes run it: each samples with transformers."""
+    return recipe if gpus == 1 else _changed(recipe, "rollout", "engine", "transformers")
 
 
 def with_training(recipe: GrpoRecipe, *, lora: bool) -> GrpoRecipe:

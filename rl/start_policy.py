@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from common.errors import PolicyError, RunError
 from common.seeds import counter_seed
 from data.scenes import TASKS, caption, sample_scene
+from evals.policy_hash import policy_hash
 from policy import Policy, base_path, published
 from policy.connector import new_reference_connector
 from policy.quiet import quiet_libraries
@@ -29,6 +29,7 @@ from recipes.schema_pretrain import PretrainRecipe
 from rl.devices import training_device
 from rl.ema import EMA_FILE
 from rl.lora import lora_config
+from rl.provenance import with_stage
 
 TEXT_VOCABULARY = 360
 SCHEDULER = {
@@ -72,13 +73,17 @@ def load_start(path: str | None, seed: int, device: str = "cpu") -> Policy:
     return Policy.from_pretrained(base_path() if path == "base" else path, device=device)
 
 
-def prepare_policy(recipe: PretrainRecipe) -> tuple[Policy, PeftModel | None]:
+def prepare_policy(
+    recipe: PretrainRecipe, start: Policy | None = None
+) -> tuple[Policy, PeftModel | None]:
     """Return the policy of a recipe ready to train, and its adapters if the recipe has any.
 
     It takes references if the recipe's data have them, and exactly the recipe's parts have
-    gradients. Every call gives the same weights.
+    gradients. Every call gives the same weights. `start`: the policy of `load_start`, if it is
+    there already; it is changed.
     """
-    policy = load_start(recipe.policy.path, recipe.seed, training_device(recipe.policy.device))
+    device = training_device(recipe.policy.device)
+    policy = start or load_start(recipe.policy.path, recipe.seed, device)
     if recipe.data.references:
         teach_editing(policy, recipe.policy.routes, recipe.seed)
     policy.requires_grad_(False)
@@ -138,17 +143,14 @@ def export_policy(recipe: PretrainRecipe, checkpoint: Path, folder: Path) -> Non
     Works for a checkpoint of any kind of run, ZeRO-3 too: what was trained is stored whole beside
     the shards of DeepSpeed.
     """
-    policy, adapters = prepare_policy(
-        recipe.model_copy(
-            update={"policy": recipe.policy.model_copy(update={"device": "cpu"})},
-        )
-    )
+    start = load_start(recipe.policy.path, recipe.seed)
+    hash_of_start = policy_hash(start)
+    on_cpu = recipe.policy.model_copy(update={"device": "cpu"})
+    policy, adapters = prepare_policy(recipe.model_copy(update={"policy": on_cpu}), start)
     load_trained(policy, load_file(checkpoint / (EMA_FILE if recipe.train.ema else WEIGHTS_FILE)))
     if adapters is not None:
         adapters.merge_and_unload()
-    stages = [*policy.config.provenance.get("stages", []), recipe.name]
-    provenance: dict[str, Any] = {"stages": stages, "seed": recipe.seed}
-    policy.config = replace(policy.config, provenance=provenance)
+    policy.config = with_stage(policy.config, recipe, hash_of_start)
     policy.save_pretrained(folder)
 
 

@@ -10,8 +10,11 @@ WHOLE_BELOW = 10_000
 """Weights with fewer values stay whole under ZeRO-3: gathering vectors costs more than it saves."""
 
 
-def zero_config(kind: str | None) -> dict[str, Any] | None:
-    """Return DeepSpeed's configuration for `zero1`, `zero2` or `zero3`; "auto" is the trainer's."""
+def zero_config(kind: str | None, bf16_weights: bool = False) -> dict[str, Any] | None:
+    """Return DeepSpeed's configuration for `zero1`, `zero2` or `zero3`; "auto" is the trainer's.
+
+    `bf16_weights`: the model is in bfloat16 already, whatever the trainer's mixed precision is.
+    """
     if kind is None:
         return None
     stage = int(kind.removeprefix("zero"))
@@ -22,7 +25,7 @@ def zero_config(kind: str | None) -> dict[str, Any] | None:
         zero["stage3_gather_16bit_weights_on_model_save"] = True
     return {
         "zero_optimization": zero,
-        "bf16": {"enabled": "auto"},
+        "bf16": {"enabled": True if bf16_weights else "auto"},
         "gradient_clipping": "auto",
         "train_batch_size": "auto",
         "train_micro_batch_size_per_gpu": "auto",

@@ -1,7 +1,8 @@
 """One process of a distributed run: `torchrun ... zero_worker.py RECIPE OUT RUNS...`.
 
-Each of RUNS is `name:key=value;key=value`, or `resumed-NAME` to train the second half of NAME
-again. They follow one another in one launch, because starting takes longer than training.
+Each of RUNS is `name:key=value;key=value`, or `resumed-NAME` to train the last steps of NAME again;
+`name@OTHER_RECIPE:...` runs another recipe. They follow one another in one launch, because starting
+takes longer than training.
 """
 
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 import torch
 from accelerate.state import AcceleratorState, GradientState
 
+import rl.run
 import rl.zero
 from common.processes import is_main_process
 from recipes import load_recipe
@@ -24,16 +26,18 @@ def main(recipe: str, out: str, *runs: str) -> None:
     """Train one run after the other, each as if it were alone."""
     for run in runs:
         name, _, overrides = run.partition(":")
+        name, _, other = name.partition("@")
         folder = Path(out) / name
         if name.startswith("resumed-"):
             if is_main_process():
                 shutil.copytree(Path(out) / name.removeprefix("resumed-"), folder)
                 shutil.rmtree(folder / "policy")
-                shutil.rmtree(folder / "checkpoints" / "step-000020")
+                shutil.rmtree(max((folder / "checkpoints").iterdir()))
             torch.distributed.barrier()
-            resume(folder)
+            (rl.run.resume if "grpo" in name else resume)(folder)
         else:
-            build(load_recipe(recipe, [o for o in overrides.split(";") if o]), folder)
+            loaded = load_recipe(other or recipe, [o for o in overrides.split(";") if o])
+            (rl.run.train if loaded.recipe.kind == "grpo" else build)(loaded, folder)
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
 

@@ -291,7 +291,7 @@ def test_a_stage_trains_its_parts_and_leaves_a_policy(policy_folder, tmp_path, c
         moved = [name for name in states[0] if not torch.equal(states[0][name], states[1][name])]
         assert bool(moved) == (part in parts), part
     assert all(torch.isfinite(tensor).all() for tensor in after.state_dict().values())
-    assert after.config.provenance["stages"] == [recipe.recipe.name]
+    assert [s["recipe"] for s in after.config.provenance["stages"]] == [recipe.recipe.name]
     assert (progress.total, progress.done) == (3, 3)
     rows = read_journal(tmp_path / "run" / "metrics.jsonl")
     assert rows[-1]["step"] == 3
@@ -340,7 +340,8 @@ def test_stages_follow_one_another(policy_folder, tmp_path):
     overrides = [f"policy.path={tmp_path / 'a' / 'policy'}", *SMALL, "train.warmup_steps=0"]
     build(load_recipe("base/5-diffusion-head", overrides), tmp_path / "b")
     policy = Policy.from_pretrained(tmp_path / "b" / "policy")
-    assert policy.config.provenance["stages"] == ["autoencoder", "diffusion-head"]
+    stages = policy.config.provenance["stages"]
+    assert [stage["recipe"] for stage in stages] == ["autoencoder", "diffusion-head"]
 
 
 def test_pretraining_lowers_the_loss_it_minimises(policy_folder, tmp_path):

@@ -12,6 +12,7 @@ from tiny_policy import REDNESS, write_recipe
 
 from cli.main import main
 from common.journal import read_journal
+from evals.policy_hash import policy_hash
 from policy import Policy
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -82,7 +83,9 @@ def test_a_lora_run_leaves_a_merged_policy_metrics_and_a_clean_screen(train, pol
             strict=True,
         ):
             assert torch.equal(one, other), name
-    assert trained.config.provenance["grpo"] == {"run": "tiny", "steps": 6, "seed": 0}
+    [stage] = trained.config.provenance["stages"]
+    start = {"path": str(policy_folder), "hash": policy_hash(base)}
+    assert stage == {"recipe": "tiny", "kind": "grpo", "steps": 6, "seed": 0, "start": start}
     assert sorted(p.name for p in out.iterdir() if p.name != ".lock") == [
         "checkpoints", "metrics.jsonl", "policy", "recipe.yaml",
     ]  # fmt: skip

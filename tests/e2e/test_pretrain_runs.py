@@ -17,7 +17,9 @@ import rl.corpus
 from cli.main import main
 from common.errors import DataError, Interrupted, RecipeError
 from common.journal import read_journal
+from common.lock import folder_lock
 from data.packing import pack
+from evals.policy_hash import policy_hash
 from policy import Policy, published
 from policy.pixels import to_pixels
 from policy.sampling import left_pad
@@ -103,6 +105,26 @@ def test_both_losses_are_logged_apart_and_add_up(run):
     for row in rows:
         assert row["loss"] == pytest.approx(row["cross_entropy"] + row["flow_matching"], rel=1e-5)
         assert row["cross_entropy"] > 0 < row["flow_matching"]
+
+
+def test_the_plan_counts_the_rows_that_a_run_writes(run, policy_folder, capsys):
+    options = ("train.steps=5", "log.every=2")
+    rows = read_journal(run("run", *options) / "metrics.jsonl")
+    capsys.readouterr()
+    assert main(["plan", "tiny/pretrain", f"policy.path={policy_folder}", *options, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["files"]["metrics_rows"] == len(rows) == 3
+
+
+def test_a_resumed_run_holds_its_folder_before_it_chooses_a_checkpoint(run, capsys):
+    folder = run()
+    (folder / "policy").rename(folder / "gone")
+    (folder / "checkpoints" / "step-000004" / "model.safetensors").write_bytes(b"half written")
+    with folder_lock(folder):
+        capsys.readouterr()
+        assert main(["resume", str(folder)]) == 2
+    told = capsys.readouterr().err
+    assert "another process is writing" in told
+    assert "passed over" not in told
 
 
 def test_loader_workers_and_passes_change_nothing(run):
@@ -370,7 +392,22 @@ def test_the_tiny_recipes_run_one_after_the_other(name, policy_folder, tmp_path)
     overrides = ["train.steps=2", "train.batch_size=4", f"policy.path={policy_folder}"]
     assert main(["train", f"tiny/{name}", *overrides, "--out", str(tmp_path / "run")]) == 0
     facts = json.loads((tmp_path / "run" / "policy" / "policy.json").read_text())
-    assert facts["provenance"]["stages"] == [f"tiny-{name}"]
+    [stage] = facts["provenance"]["stages"]
+    start = {"path": str(policy_folder), "hash": policy_hash(Policy.from_pretrained(policy_folder))}
+    assert stage == {
+        "recipe": f"tiny-{name}", "kind": "pretrain", "steps": 2, "seed": 0, "start": start,
+    }  # fmt: skip
+
+
+def test_a_trained_policy_tells_of_all_that_it_came_from(run, policy, tmp_path):
+    before = {"converted_from": "BLIP3o-NEXT", "stages": [{"recipe": "earlier"}]}
+    policy.config = replace(policy.config, provenance=before)
+    policy.save_pretrained(tmp_path / "policy")
+    folder = run("run", f"policy.path={tmp_path / 'policy'}", "train.steps=1")
+    told = Policy.from_pretrained(folder / "policy").config.provenance
+    assert told["converted_from"] == "BLIP3o-NEXT"
+    assert [stage["recipe"] for stage in told["stages"]] == ["earlier", "short"]
+    assert told["stages"][1]["start"]["hash"] == policy_hash(policy)
 
 
 @pytest.mark.parametrize("name", ["pretrain", "sft", "edit"])

@@ -9,6 +9,7 @@ import pytest
 import torch
 from picture_folder import write_edits, write_scenes
 from safetensors.torch import load_file
+from tiny_policy import write_recipe
 
 from common.journal import read_journal
 from data.packing import pack
@@ -38,6 +39,16 @@ CURVES = {
     "resumed-zero2": "",
     "resumed-zero3": "",
 }
+FULL = "train.steps=3;policy.lora=null;train.learning_rate=1e-4;algorithm.beta=0.01"
+GRPO = {
+    "grpo-two": FULL,
+    "grpo-zero1": f"{FULL};train.deepspeed=zero1",
+    "grpo-zero2": f"{FULL};train.deepspeed=zero2",
+    "grpo-two-lora": "train.steps=3",
+    "grpo-zero2-lora": "train.steps=3;train.deepspeed=zero2;evals.every=3;evals.limit=2",
+    "grpo-zero2-bf16": "train.steps=2;train.deepspeed=zero2;policy.dtype=bfloat16",
+    "resumed-grpo-zero2": "",
+}
 RECIPE = """
 version: 1
 kind: pretrain
@@ -62,7 +73,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory, policy_folder: Path) -> Path:
     recipe.write_text(RECIPE.format(policy=policy_folder, shards=folder / "shards"))
     for name, overrides in (("one", []), ("one-lora", [LORA]), ("one-edit", edits.split(";"))):
         build(load_recipe(recipe, overrides), folder / name)
-    runs = {**CURVES, "zero2-edit": f"train.deepspeed=zero2;data.workers=1;{edits}"}
+    grpo = write_recipe(folder / "grpo", policy_folder)
+    reinforced = {f"{name}@{grpo}": overrides for name, overrides in GRPO.items()}
+    runs = {**CURVES, **reinforced, "zero2-edit": f"train.deepspeed=zero2;data.workers=1;{edits}"}
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
@@ -148,6 +161,55 @@ def test_edits_from_shards_train_in_bf16_on_two_processes(runs: Path) -> None:
         for pixels in (torch.zeros(1, 3, 48, 48), torch.ones(1, 3, 48, 48))
     ]
     assert pictures[0] != pictures[1]
+
+
+def grpo_rows(run_dir: Path) -> list[dict]:
+    return [row for row in read_journal(run_dir / "metrics.jsonl") if "reward" in row]
+
+
+@pytest.mark.parametrize(
+    ("name", "plain"),
+    [
+        ("grpo-zero1", "grpo-two"),
+        ("grpo-zero2", "grpo-two"),
+        ("resumed-grpo-zero2", "grpo-two"),
+        ("grpo-zero2-lora", "grpo-two-lora"),
+    ],
+)
+def test_grpo_has_the_metrics_of_two_plain_processes(runs: Path, name: str, plain: str) -> None:
+    found, expected = grpo_rows(runs / name), grpo_rows(runs / plain)
+    assert [row["step"] for row in found] == [1, 2, 3]
+    metrics = ["reward", "reward_std", "entropy", "loss", "grad_norm", "lr"]
+    metrics += ["kl"] if plain == "grpo-two" else []
+    for metric in metrics:
+        values = [row[metric] for row in expected]
+        assert [row[metric] for row in found] == pytest.approx(values, rel=1e-5, abs=1e-5), metric
+    one, other, start = (
+        Policy.from_pretrained(place).state_dict()
+        for place in (
+            runs / name / "policy",
+            runs / plain / "policy",
+            load_recipe(runs / "recipe.yaml").recipe.policy.path,
+        )
+    )
+    moved = [key for key, tensor in one.items() if not torch.equal(tensor, start[key])]
+    assert moved
+    far = max(float((one[key] - start[key]).abs().max()) for key in moved)
+    apart = torch.cat([(one[key] - other[key]).flatten().abs() for key in moved])
+    # AdamW's first steps are signs: a few gradients near zero may flip.
+    assert float(apart.mean()) < 0.01 * far
+
+
+def test_grpo_under_zero_evaluates_once_and_trains_bfloat16_weights(runs: Path) -> None:
+    journal = read_journal(runs / "grpo-zero2-lora" / "metrics.jsonl")
+    assert [row["step"] for row in journal if row.get("event") == "eval"] == [0, 3]
+    rows = grpo_rows(runs / "grpo-zero2-bf16")
+    assert [row["step"] for row in rows] == [1, 2]
+    assert all(row["grad_norm"] > 0 and row["logprob_mismatch_max"] < 0.5 for row in rows)
+    trained = Policy.from_pretrained(runs / "grpo-zero2-bf16" / "policy", torch.bfloat16)
+    start = Policy.from_pretrained(load_recipe(runs / "recipe.yaml").recipe.policy.path)
+    before = start.to(torch.bfloat16).ar.state_dict()
+    assert any(not torch.equal(before[k], t) for k, t in trained.ar.state_dict().items())
 
 
 def test_zero3_divides_the_weights_and_a_checkpoint_still_holds_them_whole(runs: Path) -> None:

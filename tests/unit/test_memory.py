@@ -228,7 +228,7 @@ def test_sharding_divides_what_each_stage_divides(published):
     changes = ("policy.lora=null", "algorithm.beta=0", "rollout.engine=transformers")
     recipe = recipe_of("blip3o-next-3b/grpo-geneval", *changes)
     count = published.parameters["ar"]
-    for stage, each in ((2, 2 + (2 + 12) / 8), (3, (2 + 2 + 12) / 8)):
+    for stage, each in ((1, 2 + 2 + 12 / 8), (2, 2 + (2 + 12) / 8)):
         resident = grpo_memory(recipe, published, Sharding(8, stage)).resident
         ours = sum(resident.values()) - resident["weights of the rest"]
         assert ours == pytest.approx(count * each, rel=1e-6)
@@ -242,5 +242,4 @@ def test_a_smaller_micro_batch_needs_less_and_more_gpus_never_need_more(publishe
         return grpo_memory(recipe, published, Sharding(gpus, stage)).peak
 
     assert peak(1, 0, 16) > peak(1, 0, 8) > peak(1, 0, 1)
-    assert peak(8, 2, 16) >= peak(32, 2, 16)
-    assert peak(8, 3, 16) >= peak(32, 3, 16)
+    assert peak(8, 1, 16) >= peak(8, 2, 16) >= peak(32, 2, 16)

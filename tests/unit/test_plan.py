@@ -148,7 +148,7 @@ def test_the_shipped_recipe_fits_one_h100_and_twice_its_micro_batch_does_not(siz
     assert facts["verdict"]["device"] == "H100"
     assert facts["verdict"]["fits"]
     spread = [(row["gpus"], row["zero_stage"]) for row in facts["memory"]]
-    assert spread == [(1, 0), (8, 2), (8, 3), (32, 2), (32, 3)]
+    assert spread == [(1, 0), (8, 1), (8, 2), (32, 1), (32, 2)]
     assert len(facts["options"]) == 2 * len(spread)
     for row in facts["memory"]:
         assert row["peak"] == sum(row["resident"].values()) + max(row["phases"].values())
@@ -190,6 +190,12 @@ def test_piped_output_is_plain_text(sizes, capsys):
     assert len(table) == 4
     assert len({len(line) for line in table}) == 1
     assert "32 GPUs need rollout.prompts_per_step=32" in text
+
+
+def test_a_codec_s_rows_are_counted(capsys):
+    overrides = ["train.steps=101", "train.unquantized_steps=1"]  # steps 1, 51 and 101
+    assert planned(capsys, "base/1-image-tokenizer", *overrides)["files"]["metrics_rows"] == 3
+    assert planned(capsys, "base/2-autoencoder", "train.steps=60")["files"]["metrics_rows"] == 3
 
 
 def test_operations_are_readable():

@@ -260,6 +260,7 @@ rewards:
     ("override", "key", "message"),
     [
         ("train.micro_batch=7", "train.micro_batch", "144"),
+        ("train.deepspeed=zero3", "train.deepspeed", "zero3 cuts"),
         ("prompts.tasks={shapes: 1}", "prompts.tasks.shapes", "no task"),
         ("prompts.tasks={text: 0}", "prompts.tasks", "weight 0"),
         ("rewards.functions.0.weight=0", "rewards.functions.0.weight", "no effect"),

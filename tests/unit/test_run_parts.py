@@ -11,6 +11,7 @@ import torch
 from test_rollouts import engine_of
 from tiny_policy import write_recipe
 
+import rl.run
 from common.errors import DataError, RunError
 from common.progress import SilentProgress
 from data.prompts import draw_records
@@ -20,7 +21,8 @@ from recipes import load_recipe
 from recipes.locate import located
 from rl.callbacks import InterruptCallback
 from rl.rollouts import Sampler
-from rl.run import _held_out, _sync, resume, trainer_config
+from rl.run import _held_out, _sync, check_processes, resume, trainer_config
+from rl.trl_release import GRPOConfig
 from rollout.decode import Decode
 from rollout.engine import Sampling, WeightMismatch
 
@@ -303,3 +305,36 @@ def test_the_example_recipe_names_a_reward_beside_it():
     loaded = load_recipe(root / "examples" / "custom_reward" / "recipe.yaml")
     uses = [f.use for f in located(loaded.recipe, loaded.files).rewards.functions]
     assert f"{root / 'examples' / 'custom_reward' / 'warmth.py'}:warmth" in uses
+
+
+# --- several processes ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("rollout.engine=vllm", "rollout.engine=transformers"),
+        ("rollout.workers=2", "rollout.workers=0"),
+        ("rollout.prompts_per_step=9", r"rollout\.prompts_per_step=12"),
+        ("train.micro_batch=24", "24 does not divide the 36 images"),
+    ],
+)
+def test_what_several_processes_cannot_share_is_refused(override, words):
+    recipe = recipe_of(override)
+    check_processes(recipe, 1)
+    with pytest.raises(RunError, match=words):
+        check_processes(recipe, 4)
+
+
+def test_a_step_is_divided_among_processes(tmp_path, monkeypatch):
+    """12 prompts x 12 images; whatever is asked for, a process has 36 of them."""
+    monkeypatch.setattr(rl.run, "process_count", lambda: 4)
+    # Without starting them: what torch.distributed would answer.
+    monkeypatch.setattr(GRPOConfig, "world_size", 4)
+    for micro_batch, pieces in (("null", 1), (12, 3), (72, 1)):
+        recipe = recipe_of("policy.device=cpu", f"train.micro_batch={micro_batch}")
+        check_processes(recipe, 4)
+        config = trainer_config(recipe, tmp_path, 36)
+        assert config.per_device_train_batch_size * pieces == 36
+        assert config.gradient_accumulation_steps == pieces
+        assert config.generation_batch_size == 144

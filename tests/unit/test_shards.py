@@ -2,8 +2,8 @@
 
 import collections
 import contextlib
-import pickle
 import tarfile
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import numpy as np
@@ -267,7 +267,7 @@ def test_samples_have_the_whole_picture_too_where_tokens_are_to_describe_it(tmp_
 
 def test_shards_reach_a_spawned_process(tmp_path):
     shards = shards_of([write_tar(tmp_path / "s.tar", numbered(7))])
-    assert number(shards[3]) == number(pickle.loads(pickle.dumps(shards))[3])
+    assert number(shards[3]) == number(ForkingPickler.loads(ForkingPickler.dumps(shards))[3])
 
 
 def test_the_middle_of_a_wide_picture_is_kept():
