@@ -131,6 +131,15 @@ class RolloutSection(Section):
             "one behind the other; 1 = one stage after the other.",
         ),
     ] = 1
+    max_policy_lag: Annotated[
+        int,
+        Field(
+            ge=0,
+            le=1,
+            description="1 = workers sample the next step during the update, from the weights "
+            "before it; 0 = on-policy.",
+        ),
+    ] = 0
     save_to: Annotated[
         TextPath | None,
         Field(description="Folder for each step's samples (`--save-rollouts`); null = none."),
@@ -365,6 +374,18 @@ class GrpoRecipe(Header):
                 f"A step has {images} images (group_size x prompts_per_step), which "
                 f"{self.train.micro_batch} does not divide.",
                 f"use a divisor of {images}.",
+            )
+        if self.rollout.max_policy_lag and not self.rollout.workers:
+            raise cross_error(
+                "rollout.max_policy_lag",
+                "An engine in the trainer's process cannot sample during the update.",
+                "set rollout.workers, or this to 0.",
+            )
+        if self.rollout.max_policy_lag and self.algorithm.importance_cap is None:
+            raise cross_error(
+                "rollout.max_policy_lag",
+                "Samples of older weights need the per-token correction.",
+                "set algorithm.importance_cap, such as 2.0, or this to 0.",
             )
         if self.rollout.save_to and self.rollout.replay:
             raise cross_error(

@@ -36,6 +36,7 @@ from rl.lora import lora_config
 from rl.replay import check_saved, refuse_used
 from rl.rollouts import Sampler
 from rl.trl_release import GRPOConfig
+from rollout.ahead import AheadEngine
 from rollout.build import EngineSpec
 from rollout.decode import Decode
 from rollout.engine import Engine
@@ -143,6 +144,8 @@ def _run(
             keep_last=recipe.save.keep_last,
         )
         shown.trainer = trainer
+        if trainer.ahead is not None and checkpoint is not None:
+            trainer.ahead.restore(checkpoint)
         progress.start("train", recipe.train.steps)
         progress.advance("train", done)
         # The stages of a rollout help themselves; what is left is the update.
@@ -200,7 +203,8 @@ def build_engine(recipe: GrpoRecipe, policy: Policy, longest_prompt: int, events
     placement = Placement(
         rollout.workers, ray.address, ray.cpus_per_worker, ray.gpus_per_worker, ray.timeout_s
     )
-    return RayPool(spec.build, placement, policy.ar.dtype, events)
+    pool = RayPool(spec.build, placement, policy.ar.dtype, events)
+    return AheadEngine(pool) if rollout.max_policy_lag else pool
 
 
 def build_rewards(recipe: GrpoRecipe) -> RewardRunner:
