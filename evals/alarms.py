@@ -82,7 +82,8 @@ def _no_signal(steps: Sequence[Row], groups: int | None) -> str | None:
 
 def _apart(newest: Row) -> str | None:
     mismatch, ratio = newest.get("logprob_mismatch_max"), newest.get("importance_ratio_mean")
-    if mismatch is not None and mismatch > MISMATCH:
+    # With a policy lag they differ by an update, on purpose; then only the mean ratio tells.
+    if mismatch is not None and mismatch > MISMATCH and not newest.get("policy_lag"):
         return f"engine and trainer differ by {mismatch:.2f} nats on a token: stop and check"
     if ratio is not None and abs(ratio - 1) > RATIO_OFF:
         return f"the mean importance ratio is {ratio:.2f}: engine and trainer have parted"

@@ -67,11 +67,15 @@ class JournalCallback(TrainerCallback):
         row["rewards"] = {
             key.removeprefix("parts/"): v for key, v in logs.items() if key.startswith("parts/")
         }
+        if self.trainer.ahead is not None:
+            row["policy_lag"] = 1
         row |= self._details()
         row["samples"] = self._samples()
         row |= self._times()
         for event in self._events:
             self.journal.write(event | {"step": state.global_step})
+            told = ", ".join(f"{key} {value}" for key, value in event.items() if key != "event")
+            self.progress.line(f"step {state.global_step}: {event['event']} ({told})")
         self._events.clear()
         self.journal.write(row)
         facts = {"reward": _rounded(row["reward"]) or "-", "strict": _rounded(row.get("strict"))}

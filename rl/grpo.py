@@ -27,6 +27,7 @@ from rl.replay import load_rollout, save_rollout
 from rl.reward_columns import reward_columns
 from rl.rollouts import Rollout, Sampler
 from rl.trl_release import GRPOConfig, GRPOTrainer
+from rollout.ahead import AheadEngine, Request
 from rollout.timeline import Timeline, busy_seconds
 
 Sync = Callable[[int], None]
@@ -69,6 +70,7 @@ class ImageGRPOTrainer(GRPOTrainer):
         self.decode_check = decode_check
         self.save_to = save_to
         self.replay = replay
+        self.ahead = sampler.engine if isinstance(sampler.engine, AheadEngine) else None
         self.checkpoints = checkpoints
         self.keep_last = keep_last
         self.timeline = Timeline()
@@ -147,11 +149,22 @@ class ImageGRPOTrainer(GRPOTrainer):
                     self.sampler, rollout, size, step, process,
                     judge=self._judge, gather=self.accelerator.gather,
                 )  # fmt: skip
+        if self.ahead is not None:
+            self.ahead.draw_ahead(self._requests(step + 1, len(groups)))
         return {
             "prompt_ids": rollout.prompt_ids,
             "completion_ids": rollout.completion_ids.tolist(),
             "logprobs": rollout.behaviour_logprobs.tolist(),
         }
+
+    def _requests(self, step: int, groups: int) -> list[Request]:
+        """Return what the engine is asked at `step`; none after the last one."""
+        if step >= self.state.max_steps:
+            return []
+        records = self.records[step * groups : (step + 1) * groups]
+        prompts = [str(record["prompt"]) for record in records]
+        process = self.accelerator.process_index
+        return self.sampler.requests(prompts, self.num_generations, step, process)
 
     def _judge(self, images: list[Any], rows: slice) -> list[Scored]:
         """Score pictures of the step's samples `rows` with every reward of the recipe."""
@@ -256,6 +269,9 @@ class ImageGRPOTrainer(GRPOTrainer):
         """Write into a staging folder and publish it whole."""
         with published(self, self.checkpoints, self.keep_last):
             super()._save_checkpoint(model, trial)
+            if self.ahead is not None:
+                folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+                self.ahead.save(folder)
 
     def _get_per_token_logps_and_entropies(
         self,

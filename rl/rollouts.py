@@ -17,6 +17,7 @@ from common.seeds import counter_seed
 from policy.policy import Policy
 from policy.sampling import Sampling
 from rl.image_head import image_logprobs
+from rollout.ahead import Request
 from rollout.decode import Decode, Decoder
 from rollout.engine import Engine, RolloutBatch
 from rollout.micro_batch import Events, MicroBatch, pieces
@@ -142,6 +143,13 @@ class Sampler:
             [scored for wave in done for scored in wave.scores] if judge else [],
             timeline.intervals,
         )
+
+    def requests(
+        self, prompts: Sequence[str], group_size: int, *counters: int | str
+    ) -> list[Request]:
+        """Return what a call with these arguments asks of the engine."""
+        waves = self._waves(prompts, group_size, counters)
+        return [Request(w.prompt_ids, group_size, self.sampling, w.seeds) for w in waves]
 
     def decoded_again(
         self,

@@ -41,6 +41,7 @@ from rl.replay import check_saved, refuse_used
 from rl.rollouts import Sampler
 from rl.trl_release import GRPOConfig
 from rl.zero import zero_config
+from rollout.ahead import AheadEngine
 from rollout.build import EngineSpec
 from rollout.decode import Decode
 from rollout.engine import Engine
@@ -165,6 +166,8 @@ def _run(
                 held_out = _held_out(recipe, suite, sampler, sync)
                 every = recipe.evals.every
                 trainer.add_callback(HeldOutCallback(every, held_out, journal, progress))
+        if trainer.ahead is not None and checkpoint is not None:
+            trainer.ahead.restore(checkpoint)
         progress.start("train", recipe.train.steps)
         progress.advance("train", done)
         # The stages of a rollout help themselves; what is left is the update.
@@ -257,7 +260,8 @@ def build_engine(recipe: GrpoRecipe, policy: Policy, longest_prompt: int, events
     placement = Placement(
         rollout.workers, ray.address, ray.cpus_per_worker, ray.gpus_per_worker, ray.timeout_s
     )
-    return RayPool(spec.build, placement, policy.ar.dtype, events)
+    pool = RayPool(spec.build, placement, policy.ar.dtype, events)
+    return AheadEngine(pool) if rollout.max_policy_lag else pool
 
 
 def build_rewards(recipe: GrpoRecipe) -> RewardRunner:

@@ -73,6 +73,7 @@ def kill_soon(pool: RayPool, victim: int, seconds: float) -> threading.Timer:
     return timer
 
 
+@pytest.mark.slow
 def test_each_sample_of_a_thousand_steps_arrives_once_whoever_is_killed(pool):
     rng = random.Random(0)
     kills = dict.fromkeys(sorted(rng.sample(range(10, STEPS - 10), KILLS)))
@@ -82,7 +83,7 @@ def test_each_sample_of_a_thousand_steps_arrives_once_whoever_is_killed(pool):
             # Within the time of a few calls: in the middle of one, or between two.
             kills[step] = kill_soon(pool, rng.randrange(2), rng.random() * 0.02)
         if step % PUSH_EVERY == 0:
-            pool.load_weights([("version", torch.tensor(float(step)))], step)
+            pool.load_weights([("version", torch.tensor([float(step)]))], step)
             pool.fingerprint()
         prompt_ids = [[prompt] for prompt in range(PROMPTS)]
         places = [(prompt, member) for prompt in range(PROMPTS) for member in range(GROUP)]

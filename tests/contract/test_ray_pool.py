@@ -97,6 +97,28 @@ def test_every_worker_holds_what_was_pushed(pool, trainer):
     assert in_worker(pool, 0, process_of) != in_worker(pool, 1, process_of) != os.getpid()
 
 
+def count_fingerprints(worker) -> None:
+    original, worker.fingerprints = worker.engine.fingerprint, 0
+
+    def counted() -> str:
+        worker.fingerprints += 1
+        return original()
+
+    worker.engine.fingerprint = counted
+
+
+def uncount_fingerprints(worker) -> int:
+    del worker.engine.fingerprint
+    return worker.fingerprints
+
+
+def test_a_push_is_read_back_once_by_each_worker(pool, trainer):
+    for index in range(2):
+        in_worker(pool, index, count_fingerprints)
+    push_weights(pool, trainer)
+    assert [in_worker(pool, index, uncount_fingerprints) for index in range(2)] == [1, 1]
+
+
 def test_more_workers_than_prompts_is_no_matter(pool, trainer, spec):
     push_weights(pool, trainer)
     expected = own_engine(trainer, spec).generate(PROMPTS[:1], N, Sampling(), SEEDS[:N])
@@ -202,6 +224,9 @@ def test_a_lost_worker_is_replaced_and_nothing_changes(pool, trainer, spec, loss
         pool._placement = before
     assert torch.equal(found.completion_ids, expected.completion_ids)
     assert pool.replaced == replaced + 1
+    event = pool._events[-1]
+    assert (event["event"], event["worker"], event["during"]) == ("worker_replaced", 1, "generate")
+    assert event["reason"]
     assert pool.fingerprint() == fingerprint_tensors(merged_tensors(trainer.model))
 
 

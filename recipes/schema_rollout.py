@@ -1,0 +1,138 @@
+"""The sections `rollout` and `decode` of a `grpo` recipe: how pictures come about in a step."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from recipes.schema_common import Section, TextPath
+
+
+class RaySection(Section):
+    """Where rollout workers run; read only if there are any."""
+
+    address: Annotated[
+        TextPath | None,
+        Field(
+            description="A running cluster to join (`auto`: the one of this machine); null = start "
+            "one here for the time of the run."
+        ),
+    ] = None
+    cpus_per_worker: Annotated[float, Field(gt=0, description="CPUs and threads of a worker.")] = 1
+    gpus_per_worker: Annotated[
+        float, Field(ge=0, description="GPUs of a worker; 0.5 = two workers share one.")
+    ] = 0
+    timeout_s: Annotated[
+        float,
+        Field(gt=0, description="Seconds after which a worker that does not answer is replaced."),
+    ] = 600
+
+
+class RolloutSection(Section):
+    """How image tokens are sampled."""
+
+    engine: Annotated[
+        Literal["transformers", "vllm"], Field(description="Engine that samples image tokens.")
+    ] = "transformers"
+    workers: Annotated[
+        int,
+        Field(
+            ge=0,
+            le=4096,
+            description="Engines in processes of their own, placed by Ray; 0 = one in the "
+            "trainer's process.",
+        ),
+    ] = 0
+    ray: RaySection = RaySection()
+    group_size: Annotated[
+        int, Field(ge=2, le=4096, description="Images per prompt, compared with one another.")
+    ] = 12
+    prompts_per_step: Annotated[
+        int, Field(ge=1, le=65536, description="Prompts per optimizer step.")
+    ] = 12
+    waves: Annotated[
+        int,
+        Field(
+            ge=1,
+            description="Parts of a step that are sampled, rendered and judged at the same time, "
+            "one behind the other; 1 = one stage after the other.",
+        ),
+    ] = 1
+    max_policy_lag: Annotated[
+        int,
+        Field(
+            ge=0,
+            le=1,
+            description="1 = workers sample the next step during the update, from the weights "
+            "before it; 0 = on-policy.",
+        ),
+    ] = 0
+    save_to: Annotated[
+        TextPath | None,
+        Field(description="Folder for each step's samples (`--save-rollouts`); null = none."),
+    ] = None
+    replay: Annotated[
+        TextPath | None,
+        Field(
+            description="Folder of saved samples to learn from instead of sampling (`--replay`)."
+        ),
+    ] = None
+    temperature: Annotated[
+        float, Field(gt=0, le=10, description="Sampling temperature; 1 = the model as it is.")
+    ] = 1.0
+    top_k: Annotated[
+        int, Field(ge=0, description="Sample from the k likeliest tokens; 0 = from all.")
+    ] = 0
+    top_p: Annotated[
+        float, Field(gt=0, le=1, description="Sample from this much probability; 1 = from all.")
+    ] = 1.0
+
+
+class DecodeEvalSection(Section):
+    """How tokens become pixels."""
+
+    steps: Annotated[int, Field(ge=1, le=1000, description="Euler steps of the flow.")] = 6
+    guidance: Annotated[
+        float, Field(ge=0, le=50, description="Classifier-free guidance; 1 = none, half the cost.")
+    ] = 1.5
+
+
+class DecodeTrainSection(DecodeEvalSection):
+    """How tokens become pixels during training."""
+
+    noise: Annotated[
+        Literal["shared_in_group", "per_sample"],
+        Field(
+            description="Whether the images of one prompt start from the same noise, so that "
+            "a difference in reward comes from the tokens."
+        ),
+    ] = "shared_in_group"
+
+
+class DecodeCheckSection(Section):
+    """Whether training's decoding ranks the images of a prompt as evaluation's does."""
+
+    every: Annotated[int, Field(ge=0, description="Steps between two checks; 0 = none.")] = 0
+    limit: Annotated[
+        float,
+        Field(
+            ge=-1,
+            le=1,
+            description="Rank correlation of the reward within groups below which training decodes "
+            "better: twice the steps, in the end as evaluation does.",
+        ),
+    ] = 0.8
+    prompts: Annotated[int, Field(ge=1, description="Groups of the step that are compared.")] = 4
+
+
+class DecodeSection(Section):
+    """Training may decode more cheaply than evaluation."""
+
+    train: Annotated[DecodeTrainSection, Field(description="Decoding for the reward.")] = (
+        DecodeTrainSection()
+    )
+    eval: Annotated[DecodeEvalSection, Field(description="Decoding for evaluation.")] = (
+        DecodeEvalSection()
+    )
+    check: Annotated[DecodeCheckSection, Field(description="Comparison of the two.")] = (
+        DecodeCheckSection()
+    )
