@@ -53,6 +53,7 @@ def register(app: typer.Typer) -> None:
             raise UsageError("vLLM samples at temperatures up to 2.\n    Fix: --temperature 2")
         chosen = load_suite(suite, options=parse_options(options or []))
         folder = find_policy(policy)
+        recipe = folder.parent / "recipe.yaml"
         name = out.name if out is not None else f"{_name(policy)}-{suite}"
         out = out or Path("results") / name
         with console.progress() as progress:
@@ -83,6 +84,7 @@ def register(app: typer.Typer) -> None:
                     progress=progress,
                     name=name,
                     weights=policy_hash(model),
+                    recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else None,
                     command=command_line(),
                     setup={"engine": engine, "dtype": dtype, "device": device},
                 )

@@ -21,6 +21,7 @@ SMALL_CHARTS = {
     "grad_norm": "Gradient norm",
 }
 
+GANTT_STEPS = 8
 Point = tuple[float, float]
 
 
@@ -56,7 +57,26 @@ class Training:
     small: list[LineChart]
     stages: list[tuple[str, float, float]]
     """Stage, mean seconds a step, share of the step in per cent."""
+    gantt: "Gantt"
     recipe: str | None
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of all steps together, held-out evaluations and waiting left out."""
+        return self.steps * sum(mean for _, mean, _ in self.stages)
+
+
+@dataclass(frozen=True)
+class Gantt:
+    """The newest steps on a time axis: for each stage its spans (left, width, seconds, step).
+
+    Left and width are in per cent of `seconds`; a step's stages follow one another.
+    """
+
+    lanes: dict[str, list[tuple[float, float, float, int]]]
+    starts: list[tuple[float, int]]
+    """Where each step begins, in per cent, and its number."""
+    seconds: float
 
 
 def load_training(run_dir: Path) -> Training:
@@ -92,6 +112,7 @@ def load_training(run_dir: Path) -> Training:
         sentence=_sentence([y for _, y in reward], [y for _, y in evaluated], steps, held_out),
         small=small,
         stages=_stages(steps),
+        gantt=_gantt(steps[-GANTT_STEPS:]),
         recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else None,
     )
 
@@ -161,6 +182,19 @@ def _sentence(
     if warning := parted(steps, rows):
         text += f" They part ways: {warning}."
     return text
+
+
+def _gantt(rows: Sequence[Mapping[str, Any]]) -> Gantt:
+    timed = [row for row in rows if row.get("seconds")]
+    total = sum(sum(row["seconds"].values()) for row in timed)
+    gantt, at = Gantt({}, [], total), 0.0
+    for row in timed:
+        gantt.starts.append((round(100 * at / total, 2), row["step"]))
+        for stage, seconds in row["seconds"].items():
+            span = (round(100 * at / total, 2), round(100 * seconds / total, 2))
+            gantt.lanes.setdefault(stage, []).append((*span, seconds, row["step"]))
+            at += seconds
+    return gantt
 
 
 def _stages(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, float, float]]:
