@@ -53,7 +53,6 @@ def register(app: typer.Typer) -> None:
             raise UsageError("vLLM samples at temperatures up to 2.\n    Fix: --temperature 2")
         chosen = load_suite(suite, options=parse_options(options or []))
         folder = find_policy(policy)
-        recipe = folder.parent / "recipe.yaml"
         name = out.name if out is not None else f"{_name(policy)}-{suite}"
         out = out or Path("results") / name
         with console.progress() as progress:
@@ -84,7 +83,7 @@ def register(app: typer.Typer) -> None:
                     progress=progress,
                     name=name,
                     weights=policy_hash(model),
-                    recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else None,
+                    recipe=recipe_of(folder),
                     command=command_line(),
                     setup={"engine": engine, "dtype": dtype, "device": device},
                 )
@@ -104,6 +103,14 @@ def parse_options(words: list[str]) -> dict[str, str]:
             raise UsageError(f"`{word}` is not OPTION=VALUE.\n    Fix: write e.g. prompts=FILE.")
         options[key] = value
     return options
+
+
+def recipe_of(folder: Path) -> str | None:
+    """Return the recipe of a run's policy (RUN/policy beside RUN/recipe.yaml); None for others."""
+    recipe = folder.parent / "recipe.yaml"
+    if folder.name != "policy" or not recipe.is_file():
+        return None
+    return recipe.read_text(encoding="utf-8")
 
 
 def _name(policy: str) -> str:
