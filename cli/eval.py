@@ -83,6 +83,7 @@ def register(app: typer.Typer) -> None:
                     progress=progress,
                     name=name,
                     weights=policy_hash(model),
+                    recipe=recipe_of(folder),
                     command=command_line(),
                     setup={"engine": engine, "dtype": dtype, "device": device},
                 )
@@ -102,6 +103,14 @@ def parse_options(words: list[str]) -> dict[str, str]:
             raise UsageError(f"`{word}` is not OPTION=VALUE.\n    Fix: write e.g. prompts=FILE.")
         options[key] = value
     return options
+
+
+def recipe_of(folder: Path) -> str | None:
+    """Return the recipe of a run's policy (RUN/policy beside RUN/recipe.yaml); None for others."""
+    recipe = folder.parent / "recipe.yaml"
+    if folder.name != "policy" or not recipe.is_file():
+        return None
+    return recipe.read_text(encoding="utf-8")
 
 
 def _name(policy: str) -> str:

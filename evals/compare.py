@@ -193,10 +193,11 @@ def _pairs(a: ResultFolder, b: ResultFolder) -> list[tuple[Sample, Sample]]:
         )
     asked, asks = a.records(), b.records()
     for left, right in pairs:
-        if asked[left["prompt_id"]] != asks[left["prompt_id"]]:
+        key = left["prompt_id"]
+        if left["prompt"] != right["prompt"] or asked.get(key) != asks.get(key):
             raise RunError(
                 f"{a.path} and {b.path} have different prompts under the id "
-                f"{left['prompt_id']!r}: {left['prompt']!r} and {right['prompt']!r} (or their "
+                f"{key!r}: {left['prompt']!r} and {right['prompt']!r} (or their "
                 "metadata differ).\n    Fix: evaluate both with the same prompt file."
             )
         # A seed that is not known (an imported evaluation) says nothing against pairing prompts.

@@ -37,6 +37,7 @@ def environment() -> dict[str, object]:
         "platform": platform.platform(),
         "processor": _processor(),
         "cores": os.cpu_count(),
+        "gpus": _gpus(),
         "packages": installed,
     }
 
@@ -44,6 +45,14 @@ def environment() -> dict[str, object]:
 def command_line() -> str:
     """Return the command that started this process, ready to be typed again."""
     return shlex.join(["atelier", *sys.argv[1:]])
+
+
+def _gpus() -> list[str]:
+    """Names of the GPUs that this process can use, if it works with torch at all."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return []
+    return [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
 
 
 def _processor() -> str:

@@ -129,11 +129,11 @@ def suite_judged_by_the_script(
 
     The judge is part of its settings, so that these scores are never paired with our own.
     """
-    made_for = {(origin.get("suite"), origin.get("suite_version", 1)) for origin in origins}
+    made_for = {(str(o.get("suite", "")), int(o.get("suite_version", 1))) for o in origins}
     text = "".join(json.dumps(entry) + "\n" for entry in metadata)
     official = hashlib.sha256(text.encode()).hexdigest() == SHA256
     name, version = ("geneval", 1) if official else ("geneval-format", 1)
-    if len(made_for) == 1 and None not in (known := made_for.pop()):
+    if len(made_for) == 1 and "" not in (known := next(iter(made_for))):
         name, version = known
     title = "GenEval" if name == "geneval" else f"{name}, judged by GenEval's own script"
     return {

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import shutil
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -17,6 +18,7 @@ from markupsafe import Markup
 from common.atomic import write_text
 from common.errors import RunError
 from evals.compare import DIVERSITY, compare_all
+from evals.recipe_diff import recipe_diff
 from evals.report_pictures import gallery
 from evals.results import ResultFolder, load_results
 from evals.suites import Metric
@@ -52,9 +54,30 @@ class SuitePart:
         return next(iter(self.metrics))
 
     @property
+    def recipes(self) -> list[tuple[str, str, list[tuple[str, str, str]] | None]]:
+        """For each comparison the two names, and in what the recipes differ (None: not known)."""
+        first = self.results[0]
+        return [
+            (first.name, other.name, recipe_diff(_recipe(first), _recipe(other)))
+            for other in self.results[1:]
+        ]
+
+    @property
     def tasks(self) -> list[str]:
         """The tasks of all results in order of appearance."""
         return list(dict.fromkeys(task for r in self.results for task in r.results["tasks"]))
+
+
+def gpu_hours(results: Mapping[str, Any]) -> float | None:
+    """Return the GPU-hours of an evaluation on one GPU; None where it used none or did not say."""
+    if not str(results["settings"].get("device", "")).startswith("cuda"):
+        return None
+    return float(sum(results["seconds"].values())) / 3600
+
+
+def _recipe(result: ResultFolder) -> str | None:
+    recipe = result.results["policy"].get("recipe")
+    return None if recipe is None else str(recipe)
 
 
 def build_report(
@@ -149,9 +172,10 @@ def _environment(*, autoescape: bool) -> Environment:
         "interval": format_interval,
         "p": format_p,
         "title_of": lambda task: str(task).replace("_", " "),
-        "json_block": json_block,
+        "packed": packed_block,
         "md": markdown_text,
         "duration": format_duration,
+        "gpu_hours": gpu_hours,
     }
     return environment
 
@@ -197,11 +221,10 @@ def format_duration(seconds: float) -> str:
     return f"{int(seconds // 60)} min {seconds % 60:.0f} s"
 
 
-def json_block(value: object) -> Markup:
-    """Return JSON that is safe inside a script element: no character can end it or open a tag."""
+def packed_block(value: object) -> str:
+    """Return JSON, compressed (zlib) and in base64: ten thousand pictures' data in some 100 kB."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-    escaped = text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
-    return Markup(escaped)
+    return base64.b64encode(zlib.compress(text.encode(), 9)).decode()
 
 
 def markdown_text(value: object) -> str:

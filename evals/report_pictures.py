@@ -9,10 +9,7 @@ from PIL import Image
 
 from common.errors import RunError
 from evals.located import found_in, picture_size
-from evals.results import ResultFolder, Sample
-
-THUMBNAIL = 512
-"""Pictures wider or higher than this are stored at this size; smaller ones are copied untouched."""
+from evals.results import THUMBNAILS, ResultFolder, Sample, thumbnail
 
 
 class _Table:
@@ -47,7 +44,7 @@ def gallery(results: Sequence[ResultFolder], group: int, out: Path) -> dict[str,
         for i, cells in enumerate(seeds):
             for column, (result, sample) in enumerate(zip(results, cells, strict=True)):
                 target = out / "images" / f"{group}-{column}" / f"{number}-{i}.webp"
-                _store(result.path / sample["image"], target)
+                _store(result, sample, target)
         first = seeds[0][0]
         prompts.append(
             {
@@ -84,14 +81,20 @@ def _cell(sample: Sample, headline: str, strings: _Table) -> list[Any]:
     ]
 
 
-def _store(source: Path, target: Path) -> None:
+def _store(result: ResultFolder, sample: Sample, target: Path) -> None:
+    """Copy a picture, a large one at the size of a report, which the evaluation left beside it."""
+    source = result.path / sample["image"]
     if not source.is_file():
         raise RunError(
             f"the picture {source} is gone.\n    Fix: run the same `atelier eval` again."
         )
+    made = result.path / THUMBNAILS / source.name
+    if made.is_file() and made.stat().st_mtime >= source.stat().st_mtime:
+        shutil.copyfile(made, target)
+        return
     with Image.open(source) as image:
-        if max(image.size) > THUMBNAIL:
-            image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
-            image.convert("RGB").save(target, format="WEBP", quality=85)
-            return
-    shutil.copyfile(source, target)
+        small = thumbnail(image)
+    if small is None:
+        shutil.copyfile(source, target)
+    else:
+        target.write_bytes(small)

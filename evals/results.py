@@ -5,6 +5,7 @@ results/NAME/
     prompts.jsonl    the suite's prompt records
     samples.jsonl    one row for each picture, appended as pictures are made
     images/*.webp    the pictures, lossless, each with its own origin in its metadata
+    thumbnails/      smaller copies of pictures wider or higher than 512 pixels, for reports
     results.json     the summary, written at the end
 """
 
@@ -26,7 +27,9 @@ from evals.suites import Metric, SampleScore, Suite, task_of
 
 SCHEMA = "atelier.results/1"
 RESULTS, SETTINGS, PROMPTS = "results.json", "settings.json", "prompts.jsonl"
-SAMPLES, IMAGES = "samples.jsonl", "images"
+SAMPLES, IMAGES, THUMBNAILS = "samples.jsonl", "images", "thumbnails"
+THUMBNAIL = 512
+"""Pictures wider or higher than this are shown in reports at this size."""
 
 Sample = dict[str, Any]
 """A row of samples.jsonl: prompt_id, index, prompt, task, cluster, seed (None: not known), image
@@ -117,6 +120,17 @@ def webp(image: Image.Image, origin: Mapping[str, Any]) -> bytes:
     exif[ExifTags.Base.ImageDescription] = json.dumps(origin)
     buffer = io.BytesIO()
     image.convert("RGB").save(buffer, format="WEBP", lossless=True, quality=70, method=2, exif=exif)
+    return buffer.getvalue()
+
+
+def thumbnail(image: Image.Image) -> bytes | None:
+    """Return the picture at a report's size as WebP; None if it is no larger than that."""
+    if max(image.size) <= THUMBNAIL:
+        return None
+    small = image.convert("RGB")
+    small.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    small.save(buffer, format="WEBP", quality=85)
     return buffer.getvalue()
 
 

@@ -31,11 +31,13 @@ from evals.results import (
     RESULTS,
     SAMPLES,
     SCHEMA,
+    THUMBNAILS,
     Sample,
     append_samples,
     count_unscored,
     finished_samples,
     summarise,
+    thumbnail,
     webp,
 )
 from evals.suites import Metric, Record, SampleScore, Suite, load_suite, task_of
@@ -63,17 +65,19 @@ def evaluate(
     progress: Progress | None = None,
     name: str | None = None,
     weights: str | None = None,
+    recipe: str | None = None,
     command: str | None = None,
     setup: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Make and score `seeds` pictures for each prompt, and return what results.json holds.
 
     `limit` is a number of prompts (tasks take turns). `name` is shown in reports and is the
-    folder's name by default; `weights` is the policy's hash if it is already known; `command` is
-    recorded; `setup` says how the policy was set up where that can change a picture (engine, type,
-    device). An existing folder of the same evaluation is continued, picture by picture, or
-    returned as it is when complete; a folder of another one (other policy hash, suite, prompts or
-    settings) raises RunError naming what differs, and one that another process writes UsageError.
+    folder's name by default; `weights` is the policy's hash if it is already known; `recipe` (the
+    YAML that the policy was trained with) and `command` are recorded; `setup` says how the policy
+    was set up where that can change a picture (engine, type, device). An existing folder of the
+    same evaluation is continued, picture by picture, or returned as it is when complete; a folder
+    of another one (other policy hash, suite, prompts or settings) raises RunError naming what
+    differs, and one that another process writes UsageError.
     Pictures that folders beside it hold of the same policy, prompt and settings are taken over, so
     that nothing is made twice.
     A sample whose scorer fails has None values and the reason, and is counted as unscored.
@@ -123,7 +127,11 @@ def evaluate(
         samples = [done[record["prompt_id"], i] for record, i in wanted]
         not_comparable = comparability(whole, seeds, limit, samples)
         facts: dict[str, Any] = {
-            "policy": {"name": name or out.name, "hash": identity["policy_hash"]},
+            "policy": {
+                "name": name or out.name,
+                "hash": identity["policy_hash"],
+                "recipe": recipe,
+            },
             "suite": suite_facts(suite) | {"not_comparable": not_comparable},
             "settings": {key: v for key, v in identity.items() if key not in _NOT_SETTINGS},
             "command": command,
@@ -220,6 +228,9 @@ def _sample_batch(
         data = webp(image, origin | {"seed": seed} | identity)
         # Not flushed: a picture cut short by a power cut has another size than its row says.
         (out / path).write_bytes(data)
+        if (small := thumbnail(image)) is not None:
+            (out / THUMBNAILS).mkdir(exist_ok=True)
+            (out / THUMBNAILS / Path(path).name).write_bytes(small)
         rows.append(
             {
                 "prompt_id": record["prompt_id"],

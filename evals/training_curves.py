@@ -11,7 +11,7 @@ import numpy as np
 from common.errors import RunError
 from common.journal import read_journal
 from evals.alarms import headline, parted
-from evals.stage_chart import StageChart, stage_chart
+from evals.stage_chart import StageChart, stage_chart, step_seconds
 
 SMALL_CHARTS = {
     "reward_std": "Spread of the reward",
@@ -59,6 +59,8 @@ class Training:
     """Stage, mean seconds a step, share of the step in per cent."""
     step: StageChart | None
     """When each stage of a usual step was at work."""
+    seconds: float
+    """Seconds of all steps together, held-out evaluations and waiting left out."""
     recipe: str | None
 
 
@@ -96,6 +98,7 @@ def load_training(run_dir: Path) -> Training:
         small=small,
         stages=_stages(steps),
         step=stage_chart(steps),
+        seconds=sum(step_seconds(row) for row in steps if row.get("seconds")),
         recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else None,
     )
 

@@ -121,8 +121,14 @@
   });
   zoom.addEventListener("click", (event) => { if (event.target === zoom) zoom.close(); });
 
-  for (const section of document.querySelectorAll("section.pictures")) {
-    const data = JSON.parse(section.querySelector("script.data").textContent);
+  const unpack = async (text) => {
+    const bytes = Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
+    const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
+    return JSON.parse(await new Response(stream).text());
+  };
+
+  const start = async (section) => {
+    const data = await unpack(section.querySelector("script.data").textContent);
     const form = section.querySelector("form");
     const cards = section.querySelector(".cards");
     const more = section.querySelector(".more");
@@ -202,5 +208,6 @@
     form.addEventListener("submit", (event) => event.preventDefault());
     more.addEventListener("click", drawMore);
     update();
-  }
+  };
+  document.querySelectorAll("section.pictures").forEach(start);
 })();

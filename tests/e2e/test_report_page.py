@@ -226,7 +226,7 @@ def test_text_stays_text_and_nothing_leaves_the_machine(tab: Tab) -> None:
     assert (
         tab.run(
             "[...document.scripts].filter(s => s.textContent.includes('alert(1)') "
-            "&& s.type !== 'application/json').length"
+            "&& s.type !== 'application/octet-stream').length"
         )
         == 0
     )

@@ -45,6 +45,19 @@ def test_eval_then_report(
     assert Path("page/report.md").is_file()
 
 
+def test_the_recipe_of_a_run_s_policy_is_recorded(stand_in: Path) -> None:
+    run = stand_in.parent / "runs" / "x"
+    run.mkdir(parents=True)
+    stand_in.rename(run / "policy")
+    (run / "recipe.yaml").write_text("seed: 7\n")
+    words = ["eval", str(run), "--seeds", "1", "--limit", "2", "--out"]
+    assert main([*words, "results/a"]) == 0
+    assert load_results("results/a").results["policy"]["recipe"] == "seed: 7\n"
+    (run / "policy").rename(run / "copy")  # a policy beside some recipe is not that recipe's
+    assert main(["eval", str(run / "copy"), *words[2:], "results/b"]) == 0
+    assert load_results("results/b").results["policy"]["recipe"] is None
+
+
 def test_unknown_suite_fails_before_the_policy_is_loaded(
     stand_in: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
