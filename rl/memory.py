@@ -18,6 +18,11 @@ SAMPLER_ROWS = 256
 """Sequences that the transformers engine samples at the same time (`ImageTokenSampler`)."""
 VLLM_CACHE = 2**30
 """Bytes that `VllmEngine` gives to keys and values unless told otherwise."""
+LOGIT_ROWS, LOGIT_COLUMNS = 4096, 32_768
+"""Tokens and codes whose logits exist at the same time (TRL's tiles, `rl.image_head.TILE`)."""
+FORWARD_TILE, BACKWARD_TILE = 12, 29
+"""Bytes of a logit in a tile beside itself: three float32, and seven with a mask for the gradient.
+Torch's operations need them; Triton's kernel, used on GPUs where it is installed, needs none."""
 _BUCKET = 500_000_000
 _LIVE = 1_000_000_000
 """DeepSpeed's defaults, in values: communication buckets, and parameters gathered by ZeRO-3."""
@@ -83,7 +88,8 @@ def grpo_memory(recipe: GrpoRecipe, anatomy: Anatomy, sharding: Sharding | None 
     length = anatomy.prompt_tokens + anatomy.num_tokens
     # PEFT keeps adapters in float32 beside a bfloat16 model; DeepSpeed casts them like the rest.
     own = width if lora is None or sharding.stage else _SINGLE
-    logits = 4 * _SINGLE * micro * anatomy.num_tokens * anatomy.num_image_tokens
+    tile = min(micro * anatomy.num_tokens, LOGIT_ROWS)
+    tile *= min(anatomy.num_image_tokens, LOGIT_COLUMNS)
     decode = recipe.decode.train
     rows = micro * (1 if decode.guidance == 1 else 2)
     hidden = int(ar.config["hidden_size"])
@@ -93,10 +99,14 @@ def grpo_memory(recipe: GrpoRecipe, anatomy: Anatomy, sharding: Sharding | None 
         _resident(recipe, anatomy, sharding, own),
         {
             "sampling": _sampling(recipe, anatomy, images),
-            "scoring": logits,
+            "scoring": tile * (width + FORWARD_TILE),
             "decoding": conditions
             + max(head_buffers(anatomy, rows, width), decoder_buffers(anatomy, micro, width)),
-            "update": kept + logits + _communication(recipe, anatomy, sharding),
+            "update": kept
+            + tile * (width + BACKWARD_TILE)
+            # The head's gradient is added up in float32.
+            + (_SINGLE * anatomy.num_image_tokens * hidden if lora is None else 0)
+            + _communication(recipe, anatomy, sharding),
         },
     )
 
