@@ -214,14 +214,17 @@ def ours(recipe: Any, folder: Path, turns: Turns, decode: Decode) -> tuple[Image
 def rank_correlation(recipe: Any, cheap: Decode) -> tuple[float, int]:
     """Return the mean within-group rank correlation with the full decode, and of how many groups.
 
-    On the base policy, over the prompts of the measured steps.
+    On the base policy, over the prompts of two steps.
     """
     policy = Policy.from_pretrained(base_path())
     config = policy.config
     engine = TransformersEngine(
         policy.ar, config.image_start_id, config.num_image_tokens, config.num_tokens, config.pad_id
     )
-    size, records = recipe.rollout.group_size, _records(recipe)
+    size, records = (
+        recipe.rollout.group_size,
+        _records(recipe)[: 2 * recipe.rollout.prompts_per_step],
+    )
     ids = policy.prompt_ids([record["prompt"] for record in records])
     batch = engine.generate(ids, size, Sampling(), list(range(len(records) * size)))
     hidden = policy.condition_rows(batch.prompt_ids, batch.completion_ids)

@@ -56,7 +56,10 @@ def perf() -> str:
 
 def growth() -> str:
     """Return the table of exponents."""
-    return (RESULTS / "growth.md").read_text().rstrip()
+    file = RESULTS / "growth.md"
+    if not file.is_file():
+        return "Not measured yet: `python -m benchmarks.growth --write` does it."
+    return file.read_text().rstrip()
 
 
 def gpu() -> str:
