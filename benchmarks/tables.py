@@ -48,7 +48,8 @@ def perf() -> str:
     report = _read("perf.json")
     lines = ["| ours against | ratio | +- | measured |", "| --- | --- | --- | --- |"]
     for row in report["ratios"]:
-        cells = (row["name"], f"{row['value']:.2f}", f"{row['scatter']:.2f}", row["detail"])
+        scatter = f"{row['scatter']:.2f}" if row["scatter"] else "-"
+        cells = (row["name"], f"{row['value']:.2f}", scatter, row["detail"])
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", f"One thread on {report['machine']['processor']}."]
     return "\n".join(lines)

@@ -91,7 +91,7 @@ def grpo_memory(recipe: GrpoRecipe, anatomy: Anatomy, sharding: Sharding | None 
     tile = min(micro * anatomy.num_tokens, LOGIT_ROWS)
     tile *= min(anatomy.num_image_tokens, LOGIT_COLUMNS)
     decode = recipe.decode.train
-    rows = micro * (1 if decode.guidance == 1 else 2)
+    branches = 1 if decode.guidance == 1 else 2
     hidden = int(ar.config["hidden_size"])
     conditions = images * (1 + anatomy.num_tokens) * hidden * width
     kept = micro * activations(ar, length, width, recipe, own)
@@ -101,7 +101,10 @@ def grpo_memory(recipe: GrpoRecipe, anatomy: Anatomy, sharding: Sharding | None 
             "sampling": _sampling(recipe, anatomy, images),
             "scoring": tile * (width + FORWARD_TILE),
             "decoding": conditions
-            + max(head_buffers(anatomy, rows, width), decoder_buffers(anatomy, micro, width)),
+            + max(
+                head_buffers(anatomy, micro, branches, width),
+                decoder_buffers(anatomy, micro, width),
+            ),
             "update": kept
             + tile * (width + BACKWARD_TILE)
             # The head's gradient is added up in float32.
@@ -237,18 +240,20 @@ def _adapter_inputs(targets: set[str], inputs: dict[str, int], width: int, own: 
 # --- decoding ------------------------------------------------------------------------------------
 
 
-def head_buffers(anatomy: Anatomy, rows: int, width: int) -> int:
-    """Return the bytes of `rows` pictures inside a block of the diffusion head, at the most.
+def head_buffers(anatomy: Anatomy, pictures: int, branches: int, width: int) -> int:
+    """Return the bytes of the denoiser, at the most; `branches` is 2 with guidance.
 
-    The gated convolution: its widened input before and after the activation, the block's states,
-    and the conditions before and after their projection.
+    Keys and values of all blocks for every picture, and once for the null branch. Inside a block
+    the gated convolution: its widened input and result, beside the states of the block.
     """
     config = anatomy.parts["diffusion"].config
     channels = int(config["num_attention_heads"]) * int(config["attention_head_dim"])
+    cross = int(config["num_cross_attention_heads"]) * int(config["cross_attention_head_dim"])
     cells = (anatomy.latent_size // int(config["patch_size"])) ** 2
-    widened = 4 * float(config["mlp_ratio"]) + 4
-    conditions = (1 + anatomy.num_tokens) * (channels + int(config["caption_channels"]))
-    return math.ceil(rows * width * (channels * widened * cells + conditions))
+    widened = 4 * float(config["mlp_ratio"]) + 5
+    kept = int(config["num_layers"]) * 2 * (1 + anatomy.num_tokens) * cross
+    inside = pictures * branches * channels * widened * cells
+    return math.ceil(width * (inside + kept * (pictures + branches - 1)))
 
 
 def decoder_buffers(anatomy: Anatomy, pictures: int, width: int) -> int:
