@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test check base clean distclean
+.PHONY: help demo test check perf base clean distclean
 export PYTHON
 
 bin := .venv/bin
@@ -12,6 +12,7 @@ help:
 	@echo "make demo    a policy, improved by RL on this machine's CPU, and the report that compares"
 	@echo "make test    lint, types and every test"
 	@echo "make check   lint and types only (under a minute)"
+	@echo "make perf    speed against other ways, as ratios; fails when one is lost (about 10 minutes)"
 	@echo "make base    build the shipped base policy again (up to two hours on two cores)"
 	@echo "make clean   remove caches and builds, not your runs; distclean removes .venv as well"
 
@@ -31,6 +32,10 @@ check: .venv/ready
 # the tests are full of tiny matrices and of processes that would fight over two cores.
 test: check
 	@OMP_NUM_THREADS=1 $(python) -m pytest
+
+# One thread and CPU seconds, so that the ratios hold beside other work.
+perf: .venv/ready
+	@OMP_NUM_THREADS=1 $(python) -m benchmarks.perf
 
 base: .venv/ready
 	@$(python) -m cli.make_base

@@ -1,22 +1,17 @@
 """Tokens per second of the rollout engines, beside plain `generate` and raw `vllm.LLM.generate`.
 
-    python -m benchmarks.rollout [--threads 1] [--repeats 3]
+    python -m benchmarks.rollout [--turns 3]
 
-One run, one model of the shipped base's size with random weights, 12 prompts x 12 samples of 36
-tokens. The contenders take turns, so that a slow spell of the machine falls on all of them; each
-gets the median of its repeats. The last columns say how much faster each engine is than plain
-`generate` and than raw vLLM.
+One model of the shipped base's size with random weights, 12 prompts x 12 samples of 36 tokens.
 """
 
-import argparse
-import statistics
+import importlib.util
 import tempfile
-import time
 from collections.abc import Callable
 
 import torch
 
-from common.heavy import prepare_torchvision
+from benchmarks.timing import Ratio, main, take_turns
 from rollout import Sampling
 
 START, IMAGES, LENGTH = 600, 512, 36
@@ -91,55 +86,46 @@ def raw_vllm(engine, prompts: list[list[int]]) -> Callable[[], object]:
     return run
 
 
-def main() -> None:
-    """Measure and print one table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=3)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    prepare_torchvision()
+def ratios(turns: int) -> list[Ratio]:
+    """Return what both engines gain; without vLLM, what the transformers engine does."""
     from rollout.transformers_engine import TransformersEngine
-    from rollout.vllm_engine import VllmEngine
 
     model = build_model()
     lengths = [20 + 2 * index for index in range(PROMPTS)]
     prompts = [torch.randint(1, START, (length,)).tolist() for length in lengths]
     seeds = list(range(PROMPTS * GROUP))
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        begin = time.perf_counter()
-        vllm = VllmEngine(
-            folder, START, IMAGES, LENGTH, max_prompt_length=64, threads=arguments.threads
-        )
-        started = time.perf_counter() - begin
     transformers = TransformersEngine(model, START, IMAGES, LENGTH, pad_id=0)
     contenders: dict[str, Callable[[], object]] = {
-        "transformers generate": plain_generate(model, prompts),
-        "raw vllm.LLM.generate": raw_vllm(vllm, prompts),
-        "transformers engine": lambda: transformers.generate(prompts, GROUP, Sampling(), seeds),
-        "vllm engine": lambda: vllm.generate(prompts, GROUP, Sampling(), seeds),
+        "generate": plain_generate(model, prompts),
+        "transformers": lambda: transformers.generate(prompts, GROUP, Sampling(), seeds),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for turn in range(arguments.repeats + 1):
-        for name, run in contenders.items():
-            begin = time.perf_counter()
-            run()
-            if turn:  # the first turn warms up
-                seconds[name].append(time.perf_counter() - begin)
+    vllm = None
+    if importlib.util.find_spec("vllm") is not None:
+        from rollout.vllm_engine import VllmEngine
+
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            vllm = VllmEngine(folder, START, IMAGES, LENGTH, max_prompt_length=64, threads=1)
+        engine = vllm
+        contenders["raw vllm"] = raw_vllm(engine, prompts)
+        contenders["vllm"] = lambda: engine.generate(prompts, GROUP, Sampling(), seeds)
+    times = take_turns(contenders, turns)
     tokens = PROMPTS * GROUP * LENGTH
-    speed = {name: tokens / statistics.median(times) for name, times in seconds.items()}
-    print(
-        f"{PROMPTS * GROUP} sequences x {LENGTH} tokens, {arguments.threads} thread(s), "
-        f"torch {torch.__version__}; vLLM started in {started:.1f} s"
-    )
-    print(f"{'':24}{'tokens/s':>10}{'x generate':>12}{'x raw vLLM':>12}")
-    for name, rate in speed.items():
-        over_generate = rate / speed["transformers generate"]
-        over_vllm = rate / speed["raw vllm.LLM.generate"]
-        print(f"{name:24}{rate:>10,.0f}{over_generate:>12.2f}{over_vllm:>12.2f}")
-    vllm.close()
+    rows = [
+        ("rollout, transformers engine: generate", "generate", "transformers"),
+        ("rollout, transformers engine: raw vLLM", "raw vllm", "transformers"),
+        ("rollout, vLLM engine: raw vLLM", "raw vllm", "vllm"),
+    ]
+    found = []
+    for name, other, ours in rows:
+        if other in contenders:
+            row = times.ratio(name, other, ours)
+            detail = f"{tokens / times.median(ours):,.0f} tokens/s, {row.detail}"
+            found.append(Ratio(name, row.value, row.scatter, detail))
+    if vllm is not None:
+        vllm.close()
+    return found
 
 
 if __name__ == "__main__":
-    main()
+    main(ratios, __doc__, turns=3)

@@ -84,6 +84,7 @@ class Denoiser:
 
     def _cross_attention(self, index: int, attention: Any, states: Tensor) -> Tensor:
         """Attend from states [B or 2 B, T, inner], the conditioned branch first."""
+        # `rescale_output_factor` is 1 in every block of this class; a division is a whole pass.
         queries = attention.to_q(states)
         if attention.norm_q is not None:
             queries = attention.norm_q(queries)
@@ -99,7 +100,7 @@ class Denoiser:
                 _heads(null, attention.heads), *self._null_keys[index]
             )
             mixed = torch.cat([mixed, _merged(null).view_as(mixed)])
-        return attention.to_out[0](mixed) / attention.rescale_output_factor
+        return attention.to_out[0](mixed)
 
 
 def _heads(states: Tensor, heads: int) -> Tensor:

@@ -306,6 +306,7 @@ class Policy(nn.Module):
             guidance=self.config.guidance if guidance is None else guidance,
             reference_latents=latents if "noise_space" in routes else None,
         )
+        latents = latents.contiguous(memory_format=torch.channels_last)  # faster convolutions
         pixels = self.vae.decode(latents / self.vae.config.scaling_factor).sample
         return (pixels.float() / 2 + 0.5).clamp(0, 1)
 

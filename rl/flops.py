@@ -48,7 +48,10 @@ def grpo_flops(recipe: GrpoRecipe, anatomy: Anatomy) -> Flops:
     return Flops(
         sampling=sampling_flops(ar, prompt, tokens, vocabulary, recipe.rollout.group_size),
         scoring=scoring,
-        diffusion=connector_flops(anatomy) + calls * head_flops(anatomy),
+        # What the head makes of the conditions does not change between its calls.
+        diffusion=connector_flops(anatomy)
+        + condition_flops(anatomy)
+        + calls * (head_flops(anatomy) - condition_flops(anatomy)),
         autoencoder=decoder_flops(anatomy.parts["vae"], anatomy.latent_size),
         update=reference + update_flops(ar, prompt + tokens, tokens, codes, recipe.policy.lora),
     )
@@ -74,13 +77,16 @@ def update_flops(ar: Part, length: int, tokens: int, codes: int, lora: LoraSecti
     """Forward and backward pass.
 
     Every product has two in the backward pass, one for each factor; that of a frozen weight has
-    one. The first layer's frozen projections, which need none, are counted with the others.
+    one. The first layer's frozen projections, which need none, are counted with the others. Logits
+    are not kept, so that the head is computed again for the gradient.
     """
     products = _layers_flops(ar, 0, length * length)
     weights = forward_flops(ar, length, tokens, codes) - products
+    again = _head_flops(ar, tokens, codes)
     if lora is None:
-        return 3 * (weights + products)
-    return 2 * weights + 3 * products + 3 * 2 * length * adapter_parameters(ar, lora)
+        return 3 * (weights + products) + again
+    adapters = 3 * 2 * length * adapter_parameters(ar, lora)
+    return 2 * weights + 3 * products + adapters + again
 
 
 def adapter_parameters(ar: Part, lora: LoraSection) -> int:
@@ -115,19 +121,31 @@ def connector_flops(anatomy: Anatomy) -> int:
     )
 
 
+def condition_flops(anatomy: Anatomy) -> int:
+    """Caption projection, keys and values of the head's cross-attentions, once a picture."""
+    rows = 1 + anatomy.num_tokens
+    return _weights_flops(
+        anatomy.parts["diffusion"], lambda name: rows if _of_condition(name) else 0
+    )
+
+
+def _of_condition(name: str) -> bool:
+    places = ("caption_projection.", ".attn2.to_k.", ".attn2.to_v.")
+    return any(place in f".{name}" for place in places)
+
+
 def head_flops(anatomy: Anatomy) -> int:
     """One call of the diffusion head for one picture (SANA: linear self-, full cross-attention)."""
     head = anatomy.parts["diffusion"]
     rows = 1 + anatomy.num_tokens
     cells = (anatomy.latent_size // int(head.config["patch_size"])) ** 2
-    of_condition = ("caption_projection.", ".attn2.to_k.", ".attn2.to_v.")
 
     def positions(name: str) -> int:
         if name.endswith("scale_shift_table"):
             return 0
         if name.startswith("time_embed."):
             return 1
-        return rows if any(place in f".{name}" for place in of_condition) else cells
+        return rows if _of_condition(name) else cells
 
     config = head.config
     width = int(config["num_attention_heads"]) * int(config["attention_head_dim"])

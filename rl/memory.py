@@ -18,6 +18,11 @@ SAMPLER_ROWS = 256
 """Sequences that the transformers engine samples at the same time (`ImageTokenSampler`)."""
 VLLM_CACHE = 2**30
 """Bytes that `VllmEngine` gives to keys and values unless told otherwise."""
+LOGIT_ROWS, LOGIT_COLUMNS = 4096, 32_768
+"""Tokens and codes whose logits exist at the same time (TRL's tiles, `rl.image_head.TILE`)."""
+FORWARD_TILE, BACKWARD_TILE = 12, 29
+"""Bytes of a logit in a tile beside itself: three float32, and seven with a mask for the gradient.
+Torch's operations need them; Triton's kernel, used on GPUs where it is installed, needs none."""
 _BUCKET = 500_000_000
 """DeepSpeed's default, in values: a bucket of communication."""
 _SINGLE = 4
@@ -82,9 +87,10 @@ def grpo_memory(recipe: GrpoRecipe, anatomy: Anatomy, sharding: Sharding | None 
     length = anatomy.prompt_tokens + anatomy.num_tokens
     # PEFT keeps adapters in float32 beside a bfloat16 model; DeepSpeed casts them like the rest.
     own = width if lora is None or sharding.stage else _SINGLE
-    logits = 4 * _SINGLE * micro * anatomy.num_tokens * anatomy.num_image_tokens
+    tile = min(micro * anatomy.num_tokens, LOGIT_ROWS)
+    tile *= min(anatomy.num_image_tokens, LOGIT_COLUMNS)
     decode = recipe.decode.train
-    rows = micro * (1 if decode.guidance == 1 else 2)
+    branches = 1 if decode.guidance == 1 else 2
     hidden = int(ar.config["hidden_size"])
     conditions = images * (1 + anatomy.num_tokens) * hidden * width
     kept = micro * activations(ar, length, width, recipe, own)
@@ -92,10 +98,17 @@ def grpo_memory(recipe: GrpoRecipe, anatomy: Anatomy, sharding: Sharding | None 
         _resident(recipe, anatomy, sharding, own),
         {
             "sampling": _sampling(recipe, anatomy, images),
-            "scoring": logits,
+            "scoring": tile * (width + FORWARD_TILE),
             "decoding": conditions
-            + max(head_buffers(anatomy, rows, width), decoder_buffers(anatomy, micro, width)),
-            "update": kept + logits + _communication(recipe, anatomy, sharding),
+            + max(
+                head_buffers(anatomy, micro, branches, width),
+                decoder_buffers(anatomy, micro, width),
+            ),
+            "update": kept
+            + tile * (width + BACKWARD_TILE)
+            # The head's gradient is added up in float32.
+            + (_SINGLE * anatomy.num_image_tokens * hidden if lora is None else 0)
+            + _communication(recipe, anatomy, sharding),
         },
     )
 
@@ -223,18 +236,20 @@ def _adapter_inputs(targets: set[str], inputs: dict[str, int], width: int, own: 
 # --- decoding ------------------------------------------------------------------------------------
 
 
-def head_buffers(anatomy: Anatomy, rows: int, width: int) -> int:
-    """Return the bytes of `rows` pictures inside a block of the diffusion head, at the most.
+def head_buffers(anatomy: Anatomy, pictures: int, branches: int, width: int) -> int:
+    """Return the bytes of the denoiser, at the most; `branches` is 2 with guidance.
 
-    The gated convolution: its widened input before and after the activation, the block's states,
-    and the conditions before and after their projection.
+    Keys and values of all blocks for every picture, and once for the null branch. Inside a block
+    the gated convolution: its widened input and result, beside the states of the block.
     """
     config = anatomy.parts["diffusion"].config
     channels = int(config["num_attention_heads"]) * int(config["attention_head_dim"])
+    cross = int(config["num_cross_attention_heads"]) * int(config["cross_attention_head_dim"])
     cells = (anatomy.latent_size // int(config["patch_size"])) ** 2
-    widened = 4 * float(config["mlp_ratio"]) + 4
-    conditions = (1 + anatomy.num_tokens) * (channels + int(config["caption_channels"]))
-    return math.ceil(rows * width * (channels * widened * cells + conditions))
+    widened = 4 * float(config["mlp_ratio"]) + 5
+    kept = int(config["num_layers"]) * 2 * (1 + anatomy.num_tokens) * cross
+    inside = pictures * branches * channels * widened * cells
+    return math.ceil(width * (inside + kept * (pictures + branches - 1)))
 
 
 def decoder_buffers(anatomy: Anatomy, pictures: int, width: int) -> int:

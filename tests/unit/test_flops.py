@@ -72,6 +72,13 @@ def test_the_diffusion_head_the_connector_and_the_autoencoder(base, anatomy):
         )
 
 
+def head_product(policy: Policy) -> int:
+    """Operations of the image rows of the head, for all pictures."""
+    config = policy.config
+    width = policy.ar.config.hidden_size
+    return PICTURES * 2 * config.num_tokens * config.num_image_tokens * width
+
+
 def test_a_full_update(base, anatomy):
     ids, mask = inputs(base)
     tokens, codes = base.config.num_tokens, base.config.num_image_tokens
@@ -82,7 +89,8 @@ def test_a_full_update(base, anatomy):
         output.log_probs.sum().backward()
 
     expected = flops.update_flops(anatomy.parts["ar"], PROMPT + tokens, tokens, codes, None)
-    assert counted(update) == PICTURES * expected
+    # The counter does not know `addmm_`, by which the head's two gradients are added up.
+    assert counted(update) + 2 * head_product(base) == PICTURES * expected
 
 
 def test_an_update_of_adapters(base, anatomy):
@@ -101,9 +109,11 @@ def test_an_update_of_adapters(base, anatomy):
         output.log_probs.sum().backward()
 
     expected = flops.update_flops(anatomy.parts["ar"], PROMPT + tokens, tokens, codes, lora)
+    # The counter does not know `addmm_`, by which the head's one gradient is added up.
+    found = counted(update) + head_product(base)
     # The first layer's frozen projections need no gradient of their input: one in six of q, k, v.
-    assert counted(update) < PICTURES * expected
-    assert counted(update) == pytest.approx(PICTURES * expected, rel=0.04)
+    assert found < PICTURES * expected
+    assert found == pytest.approx(PICTURES * expected, rel=0.04)
 
 
 @pytest.fixture(scope="module")
@@ -131,13 +141,15 @@ def test_the_published_classes_on_the_meta_device(published):
 
 
 def test_a_step_of_the_published_recipe(published):
-    """Against the field's rules of thumb: 2 N a token, 190 T for 30 guided steps at 1024 px."""
+    """Against the field's rules of thumb: 2 N a token, 173 T for 30 guided steps at 1024 px."""
     changes = ["decode.train.steps=30", "rollout.engine=transformers", "policy.lora=null"]
     recipe = load_recipe("blip3o-next-3b/grpo-geneval", changes).recipe
     step = flops.grpo_flops(recipe, published)
     body = 28 * (2048 * (2048 + 2 * 1024) + 2048 * 2048 + 3 * 2048 * 6144)
     assert body == pytest.approx(1.41e9, rel=0.005)
-    assert step.diffusion == pytest.approx(190e12, rel=0.03)
+    # With keys and values computed once; in every call, as published, it is 190 T.
+    assert step.diffusion == pytest.approx(173e12, rel=0.03)
+    assert 60 * flops.head_flops(published) == pytest.approx(190e12, rel=0.03)
     head = 65_536 * 2048 * 729
     assert step.sampling == pytest.approx(2 * (body * 729 + head), rel=0.1)
     # Six for training, two for the reference pass of the KL term.
@@ -145,5 +157,5 @@ def test_a_step_of_the_published_recipe(published):
     assert step.update == pytest.approx((6 + 2) * whole, rel=0.1)
     unguided = load_recipe("blip3o-next-3b/grpo-geneval", [*changes, "decode.train.guidance=1"])
     fewer = flops.grpo_flops(unguided.recipe, published)
-    assert math.isclose(step.diffusion / fewer.diffusion, 2, rel_tol=1e-3)
+    assert math.isclose(step.diffusion / fewer.diffusion, 2, rel_tol=1e-2)
     assert fewer.autoencoder == step.autoencoder

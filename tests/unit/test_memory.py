@@ -8,6 +8,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from policy import Policy, base_path
 from policy.anatomy import Part, read_anatomy
+from policy.denoiser import Denoiser
 from policy.grouped_attention import GroupCache
 from policy.published import published_anatomy
 from policy.sampling import ImageTokenSampler, Sampling
@@ -168,10 +169,13 @@ def test_decoding_buffers(anatomy, dtype):
             pictures, 1 + anatomy.num_tokens, policy.ar.config.hidden_size, dtype=latents.dtype
         )
     ).detach()
-    time = torch.zeros(pictures)
-    head = peak_of(policy.diffusion, lambda: policy.diffusion(latents, conditions, timestep=time))
+    time = torch.zeros(1)
+    head = peak_of(
+        policy.diffusion,
+        lambda: Denoiser(policy.diffusion, conditions, None).velocity(latents, time),
+    )
     decoder = peak_of(policy.vae, lambda: policy.vae.decode(latents))
-    assert memory.head_buffers(anatomy, pictures, width) == pytest.approx(head, rel=0.2)
+    assert memory.head_buffers(anatomy, pictures, 1, width) == pytest.approx(head, rel=0.2)
     assert memory.decoder_buffers(anatomy, pictures, width) == pytest.approx(decoder, rel=0.1)
 
 
@@ -193,9 +197,9 @@ def test_published_decoding_buffers(published, bfloat16_by_default):
     with FakeTensorMode():
         head, vae = SanaTransformer2DModel(**SANA), AutoencoderDC(**DC_AE)
         latents, rows, time = torch.zeros(1, 32, 32, 32), torch.zeros(1, 730, 2304), torch.zeros(1)
-        in_head = peak_of(head, lambda: head(latents, rows, timestep=time))
+        in_head = peak_of(head, lambda: Denoiser(head, rows, None).velocity(latents, time))
         in_decoder = peak_of(vae, lambda: vae.decode(latents))
-    assert memory.head_buffers(published, 1, 2) == pytest.approx(in_head, rel=0.01)
+    assert memory.head_buffers(published, 1, 1, 2) == pytest.approx(in_head, rel=0.01)
     assert memory.decoder_buffers(published, 1, 2) == pytest.approx(in_decoder, rel=0.01)
 
 
@@ -209,7 +213,8 @@ def test_logits_of_an_update():
     with tracker:
         image_logprobs(hidden, head, codes)[0].sum().backward()
     peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
-    assert peak == pytest.approx(4 * 4 * 36 * 512 * 4, rel=0.1)
+    gradient = memory._SINGLE * 512 * 32
+    assert peak == pytest.approx(4 * 36 * 512 * (2 + memory.BACKWARD_TILE) + gradient, rel=0.1)
 
 
 def test_the_constants_are_those_of_the_engines():
@@ -219,6 +224,11 @@ def test_the_constants_are_those_of_the_engines():
 
     default = inspect.signature(VllmEngine.__init__).parameters["cache_gib"].default
     assert default * 2**30 == memory.VLLM_CACHE
+    from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
+
+    from rl.image_head import TILE
+
+    assert (TOKEN_CHUNK_SIZE, TILE) == (memory.LOGIT_ROWS, memory.LOGIT_COLUMNS)
     rows = inspect.signature(ImageTokenSampler.__init__).parameters["micro_batch"].default
     assert rows == memory.SAMPLER_ROWS
 
