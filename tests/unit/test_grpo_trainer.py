@@ -480,30 +480,6 @@ def test_prompts_that_are_no_whole_groups_are_refused(policy, tmp_path):
             trainer.rollout(prompts)
 
 
-@pytest.mark.parametrize(
-    ("here", "elsewhere", "stops"), [(0, 0, True), (0, 3, False), (3, 0, False)]
-)
-def test_a_run_stops_when_no_process_has_a_score_and_on_all_of_them(
-    policy, tmp_path, monkeypatch, here, elsewhere, stops
-):
-    """One process that stopped alone would leave the others waiting for its part of a step."""
-    totals = [0.5] * here + [None] * (12 - here)
-    trainer = build(policy, tmp_path, runner=Given(totals))
-    monkeypatch.setattr(
-        trainer.accelerator, "gather", lambda own: torch.cat([own, torch.full_like(own, elsewhere)])
-    )
-
-    def three_steps():
-        for _ in range(3):
-            trainer.reward([""] * 12, [None] * 12, [0] * 12, lambda *_: None)
-
-    if stops:
-        with pytest.raises(RunError, match="last 3 steps"):
-            three_steps()
-    else:
-        three_steps()
-
-
 def test_weights_are_synced_once_a_step_with_the_step_s_number(policy, tmp_path):
     synced = []
     trainer = build(policy, tmp_path, **{"train.steps": 3, "train.micro_batch": 4})

@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
-from test_grpo_trainer import GROUP, build, watch_batches, watch_metrics
+import torch
+from test_grpo_trainer import GROUP, Given, build, watch_batches, watch_metrics
 
+from common.errors import RunError
 from rewards.composition import Composition
 from rewards.runner import Scored
 from rewards.spec import Gate, RewardSpec
@@ -106,3 +108,27 @@ def test_one_scoring_serves_all_columns():
     assert x(prompts=["p"]) == [1.0, None, 3.0]
     assert y(prompts=["p"]) == [2.0, None, 0.0]
     assert calls == [{"prompts": ["p"]}]
+
+
+@pytest.mark.parametrize(
+    ("here", "elsewhere", "stops"), [(0, 0, True), (0, 3, False), (3, 0, False)]
+)
+def test_a_run_stops_when_no_process_has_a_score_and_on_all_of_them(
+    policy, tmp_path, monkeypatch, here, elsewhere, stops
+):
+    """One process that stopped alone would leave the others waiting for its part of a step."""
+    totals = [0.5] * here + [None] * (12 - here)
+    trainer = build(policy, tmp_path, runner=Given(totals))
+    monkeypatch.setattr(
+        trainer.accelerator, "gather", lambda own: torch.cat([own, torch.full_like(own, elsewhere)])
+    )
+
+    def three_steps():
+        for _ in range(3):
+            trainer.reward([""] * 12, [None] * 12, [0] * 12, lambda *_: None)
+
+    if stops:
+        with pytest.raises(RunError, match="last 3 steps"):
+            three_steps()
+    else:
+        three_steps()
