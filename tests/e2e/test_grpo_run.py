@@ -16,10 +16,13 @@ from evals.policy_hash import policy_hash
 from policy import Policy
 
 ROOT = Path(__file__).resolve().parents[2]
-STEP_LINE = re.compile(r"train \d+/\d+  reward (-?\d+\.\d{3}|-)(  strict \d\.\d{3})?(  eta \S+)?")
+STEP_LINE = re.compile(
+    r"train \d+/\d+  reward (-?\d+\.\d{3}|-)(  strict \d\.\d{3})?"
+    r"(  eta [0-9hms ]+)?"
+)
 OTHER_LINES = (
     STEP_LINE,
-    re.compile(r"(load|train) \d+(/\d+)?  done in \S+"),
+    re.compile(r"(load|train) \d+(/\d+)?  done in [0-9.hms ]+"),
     re.compile(r"step \d+: held-out (\d\.\d{3}|None)"),
     # vLLM's C++ part, on a machine whose memory it binds.
     re.compile(r"\[W.*NUMA binding.*"),
