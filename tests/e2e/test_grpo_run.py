@@ -87,7 +87,7 @@ def test_a_lora_run_leaves_a_merged_policy_metrics_and_a_clean_screen(train, pol
         ):
             assert torch.equal(one, other), name
     [stage] = trained.config.provenance["stages"]
-    start = {"path": str(policy_folder), "hash": policy_hash(base)}
+    start = policy_hash(base)
     assert stage == {"recipe": "tiny", "kind": "grpo", "steps": 6, "seed": 0, "start": start}
     assert sorted(p.name for p in out.iterdir() if p.name != ".lock") == [
         "checkpoints", "metrics.jsonl", "policy", "recipe.yaml",
