@@ -16,7 +16,7 @@ def with_stage(config: PolicyConfig, recipe: Recipe, start: str) -> PolicyConfig
         "kind": recipe.kind,
         "steps": recipe.train.steps,
         "seed": recipe.seed,
-        "start": {"path": recipe.policy.path, "hash": start},
+        "start": start,  # no path: it would tell of the machine
     }
     stages = [*config.provenance.get("stages", []), stage]
     return replace(config, provenance={**config.provenance, "stages": stages})

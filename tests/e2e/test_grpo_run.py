@@ -16,10 +16,13 @@ from evals.policy_hash import policy_hash
 from policy import Policy
 
 ROOT = Path(__file__).resolve().parents[2]
-STEP_LINE = re.compile(r"train \d+/\d+  reward (-?\d+\.\d{3}|-)(  strict \d\.\d{3})?(  eta \S+)?")
+STEP_LINE = re.compile(
+    r"train \d+/\d+  reward (-?\d+\.\d{3}|-)(  strict \d\.\d{3})?"
+    r"(  eta [0-9hms ]+)?"
+)
 OTHER_LINES = (
     STEP_LINE,
-    re.compile(r"(load|train) \d+(/\d+)?  done in \S+"),
+    re.compile(r"(load|train) \d+(/\d+)?  done in [0-9.hms ]+"),
     re.compile(r"step \d+: held-out (\d\.\d{3}|None)"),
     # vLLM's C++ part, on a machine whose memory it binds.
     re.compile(r"\[W.*NUMA binding.*"),
@@ -84,7 +87,7 @@ def test_a_lora_run_leaves_a_merged_policy_metrics_and_a_clean_screen(train, pol
         ):
             assert torch.equal(one, other), name
     [stage] = trained.config.provenance["stages"]
-    start = {"path": str(policy_folder), "hash": policy_hash(base)}
+    start = policy_hash(base)
     assert stage == {"recipe": "tiny", "kind": "grpo", "steps": 6, "seed": 0, "start": start}
     assert sorted(p.name for p in out.iterdir() if p.name != ".lock") == [
         "checkpoints", "metrics.jsonl", "policy", "recipe.yaml",

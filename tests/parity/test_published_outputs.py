@@ -21,6 +21,11 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor, within: float) -> 
     assert float((found - expected).detach().abs().max()) <= within
 
 
+def conditioning(policy, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """The rows that the head is conditioned on, as training picks them."""
+    return hidden.take_along_dim(policy.image_places(ids)[..., None], dim=1)
+
+
 def decoding(reference) -> dict[str, float]:
     facts = reference.facts
     return {"steps": facts["num_inference_steps"], "guidance": facts["guidance_scale"]}
@@ -57,7 +62,7 @@ def test_prompts_hidden_states_logprobs_and_picture(number, text_to_image):
     hidden, logprobs = policy.score(ids, torch.ones_like(ids))
     assert_close(hidden, tensors[f"{number}.last_hidden_state"], 1e-4)
     assert_close(logprobs, tensors[f"{number}.token_logprobs"], 1e-4)
-    rows = policy.condition_slice(hidden, ids)
+    rows = conditioning(policy, hidden, ids)
     pixels = policy.render(rows, noise=tensors[f"{number}.noise"], **decoding(text_to_image))
     assert_close(pixels, tensors[f"{number}.image"], 2e-3)
 
@@ -112,7 +117,7 @@ def test_an_edited_picture(number, mode, editing):
     hidden, _ = policy.score(ids, torch.ones_like(ids))
     assert_close(hidden, tensors[f"{number}.last_hidden_state"], 1e-4)
     pixels = policy.render(
-        policy.condition_slice(hidden, ids),
+        conditioning(policy, hidden, ids),
         noise=tensors[f"{number}.noise"],
         references=tensors["reference_images"][number : number + 1],
         routes=MODES[mode],
