@@ -127,12 +127,12 @@ def _sampling_share(bench: Bench, model: nn.Module, batch: int) -> Callable[[flo
 
 
 def _vllm(bench: Bench, *, name: str, config: dict[str, Any], cache: str) -> None:
-    import vllm
-
     size = bench.size
     if size.device != "cuda":
         bench.skip(name, "only measured on a GPU")
         return
+    import vllm
+
     model = language_model(config, size)
     share = {batch: _sampling_share(bench, model, batch) for batch in size.batches}
     with tempfile.TemporaryDirectory() as folder:

@@ -138,7 +138,7 @@ def sizes(monkeypatch, published):
     monkeypatch.setattr(policy.published, "published_anatomy", lambda: published)
 
 
-def test_the_shipped_recipe_fits_one_h100_and_twice_its_micro_batch_does_not(sizes, capsys):
+def test_the_shipped_recipe_fits_one_h100_and_four_times_its_micro_batch_does_not(sizes, capsys):
     facts = planned(capsys, PUBLISHED)
     assert facts["sizes"].startswith("the published configurations")
     assert facts["parameters"]["ar"] == 1_854_256_128
@@ -152,9 +152,9 @@ def test_the_shipped_recipe_fits_one_h100_and_twice_its_micro_batch_does_not(siz
     assert len(facts["options"]) == 2 * len(spread)
     for row in facts["memory"]:
         assert row["peak"] == sum(row["resident"].values()) + max(row["phases"].values())
-    twice = planned(capsys, PUBLISHED, "train.micro_batch=16")["verdict"]
-    assert not twice["fits"]
-    assert twice["fix"]["change"] == "train.micro_batch=8"
+    larger = planned(capsys, PUBLISHED, "train.micro_batch=32")["verdict"]
+    assert not larger["fits"]
+    assert larger["fix"]["change"] == "train.micro_batch=16"
 
 
 def test_the_gpu_of_the_machine_decides(sizes, monkeypatch, capsys):
