@@ -20,6 +20,7 @@ Answer with a JSON object: {{"answer": "yes"}} or {{"answer": "no"}}.\
 async def yes_no(
     images: Sequence[Image.Image],
     prompts: Sequence[str],
+    *,
     base_url: str,
     model: str,
     api_key_env: str | None = None,

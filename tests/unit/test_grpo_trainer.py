@@ -82,6 +82,7 @@ def build(
         "rollout.temperature": TEMPERATURE,
         "train.steps": 1,
         "train.grad_clip": "null",
+        "algorithm.beta": 0,
         "policy.device": "cpu",
         **changes,
     }

@@ -80,7 +80,7 @@ def test_recommended_recipe_has_the_values_of_the_recorded_run():
     assert (recipe.decode.eval.steps, recipe.decode.eval.guidance) == (6, 1.5)
     assert recipe.rewards.functions[0].use == "geneval"
     assert recipe.rewards.functions[0].args["extra_penalty"] == 0.15
-    assert (recipe.algorithm.beta, recipe.algorithm.clip_low) == (0, 0.2)
+    assert (recipe.algorithm.beta, recipe.algorithm.clip_low) == (0.04, 0.2)
     assert (recipe.train.steps, recipe.train.learning_rate) == (80, 1e-3)
 
 

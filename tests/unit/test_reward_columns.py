@@ -2,13 +2,13 @@
 
 import numpy as np
 import pytest
-import torch
 from test_grpo_trainer import GROUP, Given, build, watch_batches, watch_metrics
 
 from common.errors import RunError
 from rewards.composition import Composition
 from rewards.runner import Scored
 from rewards.spec import Gate, RewardSpec
+from rl import grpo
 from rl.reward_columns import reward_columns
 
 A = np.array([[0.1, 0.7, 0.2, 0.9], [0.3, 0.3, 0.3, 0.3], [0.5, 0.5, 0.5, 0.5]])
@@ -117,15 +117,15 @@ def test_a_run_stops_when_no_process_has_a_score_and_on_all_of_them(
     policy, tmp_path, monkeypatch, here, elsewhere, stops
 ):
     """One process that stopped alone would leave the others waiting for its part of a step."""
-    totals = [0.5] * here + [None] * (12 - here)
-    trainer = build(policy, tmp_path, runner=Given(totals))
-    monkeypatch.setattr(
-        trainer.accelerator, "gather", lambda own: torch.cat([own, torch.full_like(own, elsewhere)])
-    )
+    runner = Given([0.5] * here + [None] * (12 - here))
+    trainer = build(policy, tmp_path, runner=runner)
+    others = Given([0.5] * elsewhere + [None] * (12 - elsewhere)).score([0] * 12, [], {}, 0)
+    monkeypatch.setattr(grpo, "gather_object", lambda own: [*own, *others])
+    trainer.last_scores = runner.score([0] * 12, [], {}, 0)
 
     def three_steps():
         for _ in range(3):
-            trainer.reward([""] * 12, [None] * 12, [0] * 12, lambda *_: None)
+            trainer.reward(lambda *_: None)
 
     if stops:
         with pytest.raises(RunError, match="last 3 steps"):
