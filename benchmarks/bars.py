@@ -25,7 +25,7 @@ from common.progress import Progress
 
 OUT = Path("runs/bars")
 RESULTS = Path("benchmarks/results")
-CONTROL = str(Path(__file__).with_name("shuffled_reward.py")) + ":shuffled_geneval"
+CONTROL = "benchmarks/shuffled_reward.py:shuffled_geneval"
 FIDELITY_SCENES = 300
 
 
