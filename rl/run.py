@@ -190,17 +190,11 @@ def check_processes(recipe: GrpoRecipe, processes: int) -> None:
     rollout = recipe.rollout
     if processes == 1:
         return
-    alone = {
-        "rollout.save_to": rollout.save_to,
-        "rollout.replay": rollout.replay,
-        "decode.check.every": recipe.decode.check.every,
-    }
-    for key, value in alone.items():
-        if value:
-            raise RunError(
-                f"{key}: works in one training process, and this run has {processes}.\n"
-                f"    Fix: leave {key} out."
-            )
+    if recipe.decode.check.every:
+        raise RunError(
+            f"decode.check.every: decoding is checked by one training process, and this run has "
+            f"{processes}.\n    Fix: decode.check.every=0, or start one process."
+        )
     if rollout.engine != "transformers" or rollout.workers:
         key = "rollout.workers" if rollout.workers else "rollout.engine"
         raise RunError(

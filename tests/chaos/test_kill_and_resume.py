@@ -115,6 +115,7 @@ def test_an_interrupted_run_resumes_to_the_same_numbers(
 ):
     out = tmp_path / "run"
     expected = undisturbed(overrides)
+    before = signal.getsignal(signal.SIGTERM)
     signal_after(signal.SIGTERM, step=2)
     capfd.readouterr()
     assert start(recipe, out, overrides) == 75
@@ -123,7 +124,7 @@ def test_an_interrupted_run_resumes_to_the_same_numbers(
     assert "Traceback" not in text
     assert (out / "checkpoints" / "step-000003").is_dir()
     assert not (out / "policy").exists()
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) == before
     assert main(["resume", str(out)]) == 0
     assert "resuming from" in capfd.readouterr().err
     assert_same(out, expected)

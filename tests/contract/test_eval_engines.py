@@ -61,7 +61,7 @@ def test_the_engine_is_started_for_the_longest_prompt(
         return SimpleNamespace(close=lambda: built.append("closed"))
 
     monkeypatch.setattr(EngineSpec, "build", build)
-    long = "a photo of a red circle " * 30
+    long = "a photo of a red circle " * 40
     with sampled_by("vllm", policy, policy_folder, ["a photo", long]):
         pass
     assert built[0].max_prompt_length == len(policy.prompt_ids([long])[0]) > 256

@@ -28,7 +28,7 @@ RECORD = {
 }
 NAMES = [
     "geneval", "ocr", "consistency", "clip_score", "hps_v2", "pick_score", "image_reward",
-    "aesthetic", "remote", "vlm_judge",
+    "aesthetic", "remote", "vlm_judge", "yes_no",
 ]  # fmt: skip
 WARMTH = f"{EXAMPLE}/warmth.py:warmth"
 
@@ -38,7 +38,8 @@ class Judge(BaseHTTPRequestHandler):
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"]))
-        answer = json.dumps({"score": zlib.crc32(body) % 11})
+        chance = zlib.crc32(body)
+        answer = json.dumps({"score": chance % 11, "answer": "yes" if chance % 2 else "no"})
         choice = {"index": 0, "message": {"role": "assistant", "content": answer}}
         data = json.dumps({"id": "1", "object": "chat.completion", "choices": [choice]}).encode()
         self.send_response(200)
@@ -100,7 +101,7 @@ def spec(request):
         }.get(name, clip)  # fmt: skip
     elif name == "remote":
         args = {"servers": [request.getfixturevalue("served")]}
-    elif name == "vlm_judge":
+    elif name in ("vlm_judge", "yes_no"):
         args = {"base_url": request.getfixturevalue("judge"), "model": "m"}
     else:
         args = {"box": [0, 0.25, 1, 0.75]} if name == "ocr" else {}
