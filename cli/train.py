@@ -59,11 +59,14 @@ def register(app: typer.Typer) -> None:
 
 
 def refuse_used(run_dir: Path) -> None:
-    """Raise UsageError if the folder holds anything, so that no run is ever written over."""
+    """Raise UsageError if the folder holds anything, so that no run is ever written over.
+
+    The lock alone is what a start that failed leaves behind.
+    """
     from cli.free_name import free_name
     from common.errors import UsageError
 
-    if run_dir.is_dir() and not any(run_dir.iterdir()):
+    if run_dir.is_dir() and all(path.name == ".lock" for path in run_dir.iterdir()):
         return
     if not run_dir.exists():
         return

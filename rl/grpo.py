@@ -254,11 +254,12 @@ class ImageGRPOTrainer(GRPOTrainer):
             return output | {"advantages": advantages}
         pieces = self.args.steps_per_generation
         order = torch.argsort(informative.int(), descending=True, stable=True)
-        count = max(int(informative.sum()), 1)
+        # As many rows on every process, since TRL gathers what it measures of each.
+        counts = self.accelerator.gather(informative.sum()[None]).float()
+        count = max(int(counts.max()), 1)
         rows = order[: -(-count // pieces) * pieces].sort().values
         # The loss is a mean over this process's rows and then over processes: those that only fill
         # up must not dilute it, and every informative row of every process counts the same.
-        counts = self.accelerator.gather(informative.sum()[None]).float()
         output = output | {"advantages": advantages * (len(rows) / max(float(counts.mean()), 1))}
         return {
             key: value[rows] if torch.is_tensor(value) and value.dim() else value

@@ -269,12 +269,13 @@ def check_parts(recipe: GrpoRecipe, rewards: RewardRunner) -> None:
     in_parts = {
         "rollout.waves": (recipe.rollout.waves, 1),
         "decode.check.every": (recipe.decode.check.every, 0),
+        "the number of training processes": (process_count(), 1),
     }
     for key, (value, off) in in_parts.items():
         if value != off and rewards.whole_batch:
             raise RunError(
                 f"{key} is {value}, and the reward `{rewards.whole_batch[0]}` compares the "
-                f"pictures of a whole step.\n    Fix: set {key} to {off}."
+                f"pictures of a whole step.\n    Fix: {key} has to be {off}."
             )
 
 

@@ -22,11 +22,6 @@ def fits(memory: Memory, capacity: int) -> bool:
     return memory.peak <= USABLE * capacity
 
 
-def smallest_gpu(memory: Memory) -> str | None:
-    """Return the name of the smallest GPU that holds it; None if none does."""
-    return next((name for name, capacity in GPUS.items() if fits(memory, capacity)), None)
-
-
 def spread_over(recipe: GrpoRecipe, gpus: int) -> GrpoRecipe:
     """Return the recipe as several processes run it: each samples with transformers."""
     return recipe if gpus == 1 else _changed(recipe, "rollout", "engine", "transformers")

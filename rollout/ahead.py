@@ -92,7 +92,9 @@ class AheadEngine:
         save_file(tensors, folder / _TOKENS)
 
     def restore(self, folder: Path) -> None:
-        """Read what `save` wrote."""
+        """Read what `save` wrote; a run that drew nothing ahead so far has nothing there."""
+        if not (folder / _REQUESTS).is_file():
+            return
         tensors = load_file(folder / _TOKENS)
         self._drawn = []
         for i, facts in enumerate(json.loads((folder / _REQUESTS).read_text(encoding="utf-8"))):

@@ -48,6 +48,7 @@ GRPO = {
     "grpo-zero2-lora": "train.steps=3;train.deepspeed=zero2;evals.every=3;evals.limit=2",
     "grpo-zero2-bf16": "train.steps=2;train.deepspeed=zero2;policy.dtype=bfloat16",
     "resumed-grpo-zero2": "",
+    "grpo-uneven": f"train.steps=1;rewards.functions=[{{use: '{ROOT}/tests/uneven.py:uneven'}}]",
 }
 RECIPE = """
 version: 1
@@ -198,6 +199,13 @@ def test_grpo_has_the_metrics_of_two_plain_processes(runs: Path, name: str, plai
     apart = torch.cat([(one[key] - other[key]).flatten().abs() for key in moved])
     # AdamW's first steps are signs: a few gradients near zero may flip.
     assert float(apart.mean()) < 0.01 * far
+
+
+def test_processes_with_other_numbers_of_informative_groups_learn_together(runs: Path) -> None:
+    [row] = grpo_rows(runs / "grpo-uneven")
+    groups = load_recipe(str(runs / "grpo-uneven" / "recipe.yaml")).recipe.rollout.prompts_per_step
+    assert row["zero_variance_groups"] == groups / 2
+    assert row["grad_norm"] > 0
 
 
 def test_grpo_under_zero_evaluates_once_and_trains_bfloat16_weights(runs: Path) -> None:
