@@ -176,6 +176,7 @@ def test_an_unreadable_sample_is_skipped_and_named(tmp_path, kind):
     [skipped] = [text for sample in samples for text in sample.skipped]
     assert skipped.startswith("s.tar: bad: ")
     assert len(skipped) > len("s.tar: bad: ")
+    assert "0x" not in skipped
     # The next one takes its place; none is left out.
     counts = collections.Counter(number(s) for s in samples)
     assert set(counts) == set(range(6))
