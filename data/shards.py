@@ -225,7 +225,7 @@ class Shards:
     def _read(self, row: int) -> Sample:
         place = self.index.rows[row]
         try:
-            caption = self._bytes(place, _CAPTION).decode("utf-8").strip()
+            caption = self._bytes(place, _CAPTION).decode("utf-8-sig").strip()
         except UnicodeDecodeError as error:
             raise UnreadablePicture("the caption is not UTF-8") from error
         if not caption:
