@@ -340,6 +340,13 @@ def test_a_missing_or_truncated_shard_is_named(published, tmp_path):
         run(published, tmp_path / "policy")
 
 
+def test_a_tensor_that_two_files_hold_is_named_with_both(published, tmp_path):
+    save_file({"model.norm.weight": torch.ones(2)}, published[0] / "old.safetensors")
+    words = r"model\.norm\.weight is in .*model\.safetensors and in .*old\.safetensors"
+    with pytest.raises(PolicyError, match=words):
+        run(published, tmp_path / "policy")
+
+
 def test_the_command_converts_and_says_what_is_missing(published, tmp_path, capsys):
     from cli.main import main
 
