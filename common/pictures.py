@@ -7,7 +7,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from common.errors import DataError
 
@@ -66,6 +66,8 @@ def decode_picture(data: bytes) -> Image.Image:
     except Image.DecompressionBombError:
         millions = MOST_PIXELS // 10**6
         raise UnreadablePicture(f"it has more than {millions} million pixels") from None
+    except UnidentifiedImageError as error:  # its own text tells an address in memory
+        raise UnreadablePicture("it is of no picture format that is known") from error
     except _BROKEN as error:
         raise UnreadablePicture(str(error) or type(error).__name__) from error
 

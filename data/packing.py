@@ -93,14 +93,17 @@ def find_pictures(folder: Path) -> list[Path]:
 
 def _members(path: Path, files: "_Files") -> Iterator[tuple[str, bytes]]:
     """Yield (extension, bytes) of a sample; raise UnreadablePicture if it is not whole."""
-    data = path.read_bytes()
+    try:
+        data = path.read_bytes()
+    except OSError as error:  # a folder with such a name, a dead link, no permission
+        raise UnreadablePicture(error.strerror or str(error)) from error
     decode_picture(data)
     caption = files.beside(path, "txt")
     if caption is None:
         raise UnreadablePicture(f"there is no {path.stem}.txt beside it")
     text = caption.read_bytes()
     try:
-        empty = not text.decode("utf-8").strip()
+        empty = not text.decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:
         raise UnreadablePicture(f"{caption.name} is not UTF-8") from error
     if empty:

@@ -81,8 +81,8 @@ def build_index(
 ) -> Index:
     """Read the tar headers of all shards; `done` is called after each.
 
-    With `references`, a sample needs a reference picture too. Faults are collected, not raised;
-    DataError is raised if there is not a single sample.
+    With `references`, a sample needs a reference picture too; without, none is read. Faults are
+    collected, not raised; DataError is raised if there is not a single sample.
     """
     tables, faults = [], []
     for number, path in enumerate(paths):
@@ -131,7 +131,7 @@ def _scan(path: Path, references: bool) -> tuple[list[list[int]], list[str]]:
                     close()
                     key = name[1]
                 role = _role(name[2].lower())
-                if role:
+                if role and (references or role != "reference"):
                     members[role] = (start, member.size)
     except tarfile.ReadError as error:
         faults.append(f"{key or 'from the start'}: {error}")
@@ -225,7 +225,7 @@ class Shards:
     def _read(self, row: int) -> Sample:
         place = self.index.rows[row]
         try:
-            caption = self._bytes(place, _CAPTION).decode("utf-8").strip()
+            caption = self._bytes(place, _CAPTION).decode("utf-8-sig").strip()
         except UnicodeDecodeError as error:
             raise UnreadablePicture("the caption is not UTF-8") from error
         if not caption:

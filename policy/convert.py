@@ -46,6 +46,11 @@ def convert(checkpoint: Path, diffusion: str, image_tokenizer: Path, out: Path) 
             raise PolicyError(
                 f"{checkpoint}/config.json has no {key}.\n    Fix: give a BLIP3o-NEXT checkpoint."
             )
+        if type(facts[key]) is not int or facts[key] < (key in _SIZES):
+            raise PolicyError(
+                f"{checkpoint}/config.json: {key} is {facts[key]!r}, which is no such number.\n"
+                "    Fix: download config.json again."
+            )
     if facts.get("use_tar_siglip_features"):
         raise PolicyError(
             f"{checkpoint}/config.json: use_tar_siglip_features is on. References as SigLIP "
@@ -77,6 +82,8 @@ def convert(checkpoint: Path, diffusion: str, image_tokenizer: Path, out: Path) 
             if part == "image_tokenizer" and not weights:
                 weights = _file_weights(tokenizer_file)
                 (folder / UPSTREAM / LACKING).write_text(json.dumps([part]) + "\n")
+            if part != UPSTREAM:
+                _check_finite(part, weights)
             if weights:
                 file = folder / part / WEIGHTS.get(part, "model.safetensors")
                 save_file(weights, file, metadata={"format": "pt"})
@@ -208,6 +215,15 @@ def _places(
     return places
 
 
+def _check_finite(part: str, weights: dict[str, Tensor]) -> None:
+    for name, tensor in weights.items():
+        if not tensor.isfinite().all():
+            raise PolicyError(
+                f"the tensor {published_format.published_name(part, name)} holds numbers that are "
+                "not finite.\n    Fix: download the checkpoint again."
+            )
+
+
 def _file_weights(tokenizer_file: PublishedTokenizer) -> dict[str, Tensor]:
     """Weights of an image tokenizer that only its own file holds."""
     places = {name: published_format.place(name) for name in tokenizer_file.weights}
@@ -243,8 +259,7 @@ def _describe(
 ) -> PolicyConfig:
     """Return the policy's description; ids are those of config.json, checked by the tokenizer."""
     where = f"{checkpoint}/config.json"
-    with quiet_libraries():
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    tokenizer = _tokenizer(checkpoint, tokenizer_folder)
     _check_ids(where, facts, tokenizer)
     vae, head = parts["vae"].config, parts["diffusion"].config
     grid = tokenizer_file.grid()
@@ -279,6 +294,24 @@ def _describe(
         routes=routes,
         provenance={"converted_from": checkpoint.resolve().name},
     )
+
+
+def _tokenizer(checkpoint: Path, folder: Path) -> PreTrainedTokenizerFast:
+    """Read the copy in `folder` of the checkpoint's tokenizer."""
+    try:
+        with quiet_libraries():
+            tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # the tokenizers library has no common error of its own
+        told = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise PolicyError(
+            f"{checkpoint}/tokenizer.json cannot be read: {told}\n    Fix: download it again."
+        ) from error
+    for name in ("pad_token", "eos_token"):
+        if getattr(tokenizer, f"{name}_id") is None:
+            raise PolicyError(
+                f"{checkpoint}/tokenizer_config.json has no {name}.\n    Fix: download it again."
+            )
+    return tokenizer
 
 
 def _check_ids(where: str, facts: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -> None:

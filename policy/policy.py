@@ -83,8 +83,8 @@ class Policy(nn.Module):
                 config,
                 _read(folder / "tokenizer", AutoTokenizer.from_pretrained),
                 _read(folder / "ar", lambda p: Qwen3ForCausalLM.from_pretrained(p, dtype=dtype)),
-                _read(folder / "image_tokenizer", ImageTokenizer.from_pretrained),
-                _read(folder / "connector", Connector.from_pretrained),
+                _read(folder / "image_tokenizer", ImageTokenizer.from_pretrained).to(dtype),
+                _read(folder / "connector", Connector.from_pretrained).to(dtype),
                 _read(
                     folder / "diffusion",
                     lambda p: SanaTransformer2DModel.from_pretrained(p, torch_dtype=dtype),
@@ -96,13 +96,13 @@ class Policy(nn.Module):
                     folder / "scheduler",
                     lambda p: json.loads((p / "scheduler_config.json").read_text()),
                 ),
-                _read(folder / "reference_connector", Connector.from_pretrained)
+                _read(folder / "reference_connector", Connector.from_pretrained).to(dtype)
                 if "cross_attention" in config.routes or (folder / "reference_connector").is_dir()
                 else None,
             )
         upstream = (folder / "upstream").glob("*")
         policy.upstream = {file.name: file.read_bytes() for file in upstream}
-        return policy.to(device=device, dtype=dtype).eval()
+        return policy.to(device=device).eval()  # casting would round the rotary frequencies
 
     def save_pretrained(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write the folder; `dtype` (default: as held) is that of the stored weights."""

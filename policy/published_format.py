@@ -115,7 +115,12 @@ class Tensors:
             try:
                 with safe_open(file, "pt") as opened:
                     for name in opened.keys():  # noqa: SIM118 - not a dictionary
-                        self._files[name] = file
+                        other = self._files.setdefault(name, file)
+                        if other != file:
+                            raise PolicyError(
+                                f"the tensor {name} is in {other} and in {file}.\n"
+                                "    Fix: take the file away that is no part of the checkpoint."
+                            )
                         self.shapes[name] = tuple(opened.get_slice(name).get_shape())
             except (SafetensorError, OSError) as error:
                 raise PolicyError(

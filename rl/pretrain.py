@@ -86,7 +86,7 @@ class JointTrainer(Trainer):
         self._sums: dict[str, Tensor] = {}
         self._passes = 0
         self._skipped: list[str] = []
-        self._bad = 0
+        self._bad: set[str] = set()  # an epoch later the same ones come again
         super().__init__(*args, **kwargs)
         self.remove_callback(PrinterCallback)  # the watch shows the numbers
         if ema is not None:
@@ -121,8 +121,8 @@ class JointTrainer(Trainer):
         skipped = gather_object(self._skipped)
         self._skipped = []
         if skipped:
-            self._bad += len(skipped)
-            logs["skipped"] = self._bad
+            self._bad.update(skipped)
+            logs["skipped"] = len(self._bad)
         [cut] = self.accelerator.reduce(
             torch.tensor([self._encoder.cut], device=self.args.device), "sum"
         )
@@ -139,13 +139,13 @@ class JointTrainer(Trainer):
         """Stop when more samples are bad, those torn in the shards included, than one in 100."""
         steps = self.state.global_step - self._initial_global_step
         seen = steps * self.args.train_batch_size * self.args.gradient_accumulation_steps
-        seen *= self.args.world_size
+        seen = min(seen * self.args.world_size, self._samples)
         judged = max(seen, min(FEWEST_JUDGED, self._samples))
-        unreadable = self._bad / judged
+        unreadable = len(self._bad) / judged
         if self._bad and self._torn + (1 - self._torn) * unreadable > LARGEST_BAD_SHARE:
             torn = f", {self._torn:.1%} of all are not whole: together" if self._torn else ","
             raise DataError(
-                f"{self._bad} of the {seen} samples read so far are bad{torn} more than "
+                f"{len(self._bad)} of the {seen} samples read so far are bad{torn} more than "
                 f"{LARGEST_BAD_SHARE:.0%}; metrics.jsonl names each.\n"
                 "    Fix: repair or remove them, and resume or start again."
             )

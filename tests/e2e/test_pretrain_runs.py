@@ -224,6 +224,18 @@ def test_a_bad_sample_is_skipped_counted_and_logged(run, tmp_path):
     assert max(row.get("skipped", 0) for row in rows) == 1
 
 
+def test_a_bad_sample_counts_once_however_often_it_is_read(run, tmp_path):
+    """1 of 101 is let pass in the second epoch, too."""
+    source = write_tar(
+        tmp_path / "s" / "a.tar", [*numbered(100), ("bad.png", b"x"), ("bad.txt", b"x")]
+    )
+    options = ("train.steps=10", "train.batch_size=20", "policy.lora={rank: 1}")
+    folder = run("run", *options, source=source)
+    rows = read_journal(folder / "metrics.jsonl")
+    assert sum(row.get("event") == "skipped" for row in rows) >= 2
+    assert max(row.get("skipped", 0) for row in rows) == 1
+
+
 def test_too_many_bad_samples_stop_the_run(run, tmp_path):
     members = [m for n in range(20) for m in ((f"b{n}.png", b"x"), (f"b{n}.txt", b"x"))]
     source = write_tar(tmp_path / "s" / "a.tar", [*numbered(180), *members])

@@ -208,6 +208,9 @@ def test_a_tokenizer_with_an_image_token_beyond_the_embedding_is_taken(made, pub
         ({"use_tar_siglip_features": True}, r"use_tar_siglip_features is on"),
         ({"use_sliding_window": True}, r"use_sliding_window"),
         ({"hidden_size": 32}, r"has the shape"),
+        ({"vocab_size": "409"}, r"config\.json: vocab_size is '409'"),
+        ({"num_attention_heads": 0}, r"config\.json: num_attention_heads is 0"),
+        ({"image_start_tag_id": None}, r"config\.json: image_start_tag_id is None"),
     ],
 )
 def test_a_config_that_does_not_fit_is_named(facts, words, published, tmp_path):
@@ -337,6 +340,43 @@ def test_a_missing_or_truncated_shard_is_named(published, tmp_path):
     index = published[0] / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"model.norm.weight": "model-00001.safetensors"}}))
     with pytest.raises(PolicyError, match=r"model-00001\.safetensors is missing"):
+        run(published, tmp_path / "policy")
+
+
+def test_a_tensor_that_two_files_hold_is_named_with_both(published, tmp_path):
+    save_file({"model.norm.weight": torch.ones(2)}, published[0] / "old.safetensors")
+    words = r"model\.norm\.weight is in .*model\.safetensors and in .*old\.safetensors"
+    with pytest.raises(PolicyError, match=words):
+        run(published, tmp_path / "policy")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.sana.proj_out.weight"])
+def test_a_tensor_that_is_not_finite_is_named(name, value, published, tmp_path):
+    rewrite(published, lambda tensors: tensors[name].view(-1)[1:2].fill_(value))
+    with pytest.raises(PolicyError, match=rf"{name} holds numbers that are not finite"):
+        run(published, tmp_path / "policy")
+    assert not (tmp_path / "policy").exists()
+
+
+@pytest.mark.parametrize("kind", ["missing", "truncated", "empty"])
+def test_a_tokenizer_that_cannot_be_read_is_named(kind, published, tmp_path):
+    file = published[0] / "tokenizer.json"
+    text = file.read_text()
+    file.unlink()
+    if kind != "missing":
+        file.write_text(text[: len(text) // 2] if kind == "truncated" else "")
+    with pytest.raises(PolicyError, match=r"tokenizer\.json"):
+        run(published, tmp_path / "policy")
+    assert not (tmp_path / "policy").exists()
+
+
+def test_a_tokenizer_without_a_pad_token_is_refused(published, tmp_path):
+    file = published[0] / "tokenizer_config.json"
+    facts = json.loads(file.read_text())
+    del facts["pad_token"]
+    file.write_text(json.dumps(facts))
+    with pytest.raises(PolicyError, match=r"tokenizer_config\.json has no pad_token"):
         run(published, tmp_path / "policy")
 
 

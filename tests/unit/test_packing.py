@@ -71,6 +71,15 @@ def test_endings_may_be_written_in_capitals(tmp_path):
     assert sample.caption == "make it brighter"
 
 
+def test_a_byte_order_mark_is_no_part_of_a_caption(tmp_path):
+    folder = tmp_path / "scenes"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(png())
+    (folder / "a.txt").write_text("a red circle", encoding="utf-8-sig")
+    [shard] = pack(folder, tmp_path / "out").shards
+    assert Shards(build_index([shard]), 48, 0)[0].caption == "a red circle"
+
+
 def test_what_cannot_be_packed_is_left_out_and_named(tmp_path, capsys):
     folder = write_scenes(tmp_path / "scenes", 2)
     (folder / "broken.png").write_bytes(png()[:50])
@@ -78,9 +87,15 @@ def test_what_cannot_be_packed_is_left_out_and_named(tmp_path, capsys):
     (folder / "silent.png").write_bytes(png())
     (folder / "hollow.png").write_bytes(png())
     (folder / "hollow.txt").write_text("\n")
+    (folder / "marked.png").write_bytes(png())
+    (folder / "marked.txt").write_bytes(b"\xef\xbb\xbf\n")
+    (folder / "album.jpg").mkdir()
+    (folder / "dead.png").symlink_to(folder / "absent.png")
     assert main(["pack", str(folder), str(tmp_path / "out")]) == 0
     told = capsys.readouterr().out
-    for name, reason in (("broken", ""), ("silent", "silent.txt"), ("hollow", "empty")):
+    reasons = {"broken": "", "silent": "silent.txt", "hollow": "empty", "marked": "empty"}
+    reasons |= {"album.jpg": "directory", "dead.png": "No such file"}
+    for name, reason in reasons.items():
         assert any(name in line and reason in line for line in told.splitlines())
     assert "packed 2 pictures into 1 shard" in told
 

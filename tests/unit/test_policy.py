@@ -64,6 +64,14 @@ def test_a_policy_stored_in_bfloat16_keeps_its_precision_in_memory(policy, tmp_p
         assert torch.equal(tensor, before[name].to(torch.bfloat16).to(before[name].dtype)), name
 
 
+def test_rotary_frequencies_keep_float32_in_a_policy_of_bfloat16(policy, policy_folder):
+    read = Policy.from_pretrained(policy_folder, torch.bfloat16)
+    assert {parameter.dtype for parameter in read.parameters()} == {torch.bfloat16}
+    found, expected = (p.ar.model.rotary_emb.inv_freq for p in (read, policy))
+    assert found.dtype == expected.dtype == torch.float32
+    assert torch.equal(found, expected)
+
+
 def test_the_ar_part_is_a_plain_causal_lm_checkpoint(policy, policy_folder):
     from transformers import AutoModelForCausalLM
 

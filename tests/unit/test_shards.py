@@ -95,6 +95,14 @@ def test_edits_have_a_reference(tmp_path):
     assert tuple(sample.reference[20, 20]) == (0, 0, 250)
 
 
+def test_without_references_those_in_the_shards_are_left_alone(tmp_path):
+    members = [*numbered(1), ("k0000.reference.png", b"no picture"), *numbered(1, 1)]
+    shards = shards_of([write_tar(tmp_path / "e.tar", members)])
+    for sample in (shards[0], shards[1]):
+        assert sample.reference is None
+        assert sample.skipped == ()
+
+
 def test_a_sample_without_all_its_members_is_a_fault_with_its_key(tmp_path):
     members = [
         ("a.jpg", png()), ("a.txt", b"x"), ("b.jpg", png()), ("c.txt", b"x"), ("c.json", b"{}"),
@@ -168,6 +176,7 @@ def test_an_unreadable_sample_is_skipped_and_named(tmp_path, kind):
     [skipped] = [text for sample in samples for text in sample.skipped]
     assert skipped.startswith("s.tar: bad: ")
     assert len(skipped) > len("s.tar: bad: ")
+    assert "0x" not in skipped
     # The next one takes its place; none is left out.
     counts = collections.Counter(number(s) for s in samples)
     assert set(counts) == set(range(6))
