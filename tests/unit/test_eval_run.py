@@ -390,56 +390,6 @@ def test_an_unscored_sample_is_counted_and_never_zero(tmp_path: Path) -> None:
     assert "the detector is away" in row["reason"]
 
 
-def test_a_failed_score_is_tried_again_on_the_stored_picture(tmp_path: Path) -> None:
-    suite = toy_suite(3)
-    broken = suite.records[0]["prompt_id"]
-
-    def score(image: Image.Image, record: Record) -> SampleScore:
-        if record["prompt_id"] == broken:
-            raise RewardError("the detector is away")
-        return suite.score(image, record)
-
-    away = replace(suite, score=score)
-    evaluate(StandInPolicy(suite.records, 0.4), away, tmp_path / "a", seeds=2, weights="w")
-    policy = StandInPolicy(suite.records, 0.4)
-    evaluate(policy, away, tmp_path / "b", seeds=2, weights="w")
-    assert len(policy.generated) == 2  # what has no score is not taken over
-    policy = StandInPolicy(suite.records, 0.4)
-    again = evaluate(policy, suite, tmp_path / "a", seeds=2, weights="w")
-    assert policy.generated == []
-    assert again["unscored"]["strict"] == 0
-    whole = evaluate(policy, suite, tmp_path / "elsewhere" / "c", seeds=2, weights="w")
-    assert again["overall"] == whole["overall"]
-    assert len(load_results(tmp_path / "a").samples) == 6
-
-
-@pytest.mark.parametrize(
-    ("told", "why"),
-    [
-        (SampleScore({"strict": float("nan"), "extra_objects": 0.0}, ""), "nan for `strict`"),
-        (SampleScore({"strict": 1.0}, ""), "no value for `extra_objects`"),
-        (SampleScore({"strict": "1", "extra_objects": 0}, ""), "'1' for `strict`"),  # type: ignore[dict-item]
-        (SampleScore({"strict": 1.0, "extra_objects": 0}, "", {"x": float("inf")}), "no JSON"),
-        (SampleScore({"strict": 1.0, "extra_objects": 0}, "\ud800"), "no JSON"),
-        (SampleScore({"strict": 1.0, "extra_objects": 0}, "", [1]), "no dictionary"),  # type: ignore[arg-type]
-    ],
-)
-def test_a_score_that_cannot_be_stored_is_none(tmp_path: Path, told: SampleScore, why: str) -> None:
-    suite = replace(toy_suite(1), score=lambda image, record: told)
-    results = evaluate(StandInPolicy(suite.records, 0), suite, tmp_path / "a", seeds=1, weights="w")
-    assert results["unscored"] == {"strict": 1, "extra_objects": 1}
-    [row] = load_results(tmp_path / "a").samples
-    assert row["reason"].startswith("could not be scored: ")
-    assert why in row["reason"]
-
-
-def test_a_note_of_any_type_tells_why_results_are_not_comparable(tmp_path: Path) -> None:
-    score = SampleScore({"strict": 1.0, "extra_objects": 0.0}, "", {"not_comparable": ["mine"]})
-    suite = replace(toy_suite(1), score=lambda image, record: score)
-    results = evaluate(StandInPolicy(suite.records, 0), suite, tmp_path / "a", seeds=1, weights="w")
-    assert "['mine']" in results["suite"]["not_comparable"]
-
-
 def test_summary_is_the_mean_over_tasks(tmp_path: Path) -> None:
     suite = toy_suite(20)
     results = evaluate(
