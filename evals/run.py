@@ -119,6 +119,7 @@ def evaluate(
         if len(done) == len(wanted) and not failed and (out / RESULTS).is_file():
             progress.line(f"{out} is complete: nothing to generate")
             return dict(json.loads((out / RESULTS).read_text(encoding="utf-8")))
+        (out / RESULTS).unlink(missing_ok=True)  # a run cut off now must not leave an old summary
         Journal(out / SAMPLES)  # cuts off a row torn by a kill, before rows are added
         missing = {(r["prompt_id"], i) for r, i in wanted} - done.keys()
         done |= take_over(out, identity, missing, suite, progress)

@@ -36,6 +36,24 @@ def test_a_failed_score_is_tried_again_on_the_stored_picture(tmp_path: Path) -> 
     assert len(load_results(tmp_path / "a").samples) == 6
 
 
+def test_a_run_cut_off_after_scoring_again_leaves_no_old_summary(tmp_path, monkeypatch) -> None:
+    suite = toy_suite(1)
+    policy = StandInPolicy(suite.records, 0.0)
+    nothing = SampleScore(dict.fromkeys(suite.metrics), "the detector is away")
+    away = replace(suite, score=lambda image, record: nothing)
+    evaluate(policy, away, tmp_path / "a", seeds=1, weights="w")
+
+    def cut(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("evals.run.write_results", cut)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(policy, suite, tmp_path / "a", seeds=1, weights="w")
+    results = evaluate(policy, suite, tmp_path / "a", seeds=1, weights="w")
+    assert results["unscored"]["strict"] == 0
+
+
 @pytest.mark.parametrize(
     ("told", "why"),
     [
