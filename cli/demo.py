@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.errors import AtelierError
+from common.errors import AtelierError, RunError
 from common.progress import Progress
 
 if TYPE_CHECKING:
@@ -71,17 +71,22 @@ def run(folder: Path, progress: Progress, overrides: tuple[str, ...] = ()) -> li
 
 
 def best_temperature(policy: "Policy", name: str, folder: Path, progress: Progress) -> float:
-    """Return the temperature of the highest score on prompts of training combinations."""
+    """Return the temperature of the highest score on prompts of training combinations.
+
+    A temperature without a score is left out; RunError if none has one.
+    """
     from data.prompts import GENEVAL_TASKS
     from data.scenes import scene_prompts
     from evals.run import evaluate
     from evals.suites import load_suite
 
+    # A class alone cannot be held out: these prompts are the evaluated ones as well.
+    tasks = tuple(task for task in GENEVAL_TASKS if task != "single_object")
     tune = replace(
         load_suite(SUITE),
         name=f"{SUITE}-tune",
         title="Choice of the temperature",
-        records=tuple(scene_prompts("tune", GENEVAL_TASKS, n=TUNE_PROMPTS)),
+        records=tuple(scene_prompts("tune", tasks, n=TUNE_PROMPTS)),
     )
     scores = {}
     for temperature in TEMPERATURES:
@@ -93,7 +98,13 @@ def best_temperature(policy: "Policy", name: str, folder: Path, progress: Progre
             temperature=temperature,
             progress=progress,
         )
-        scores[temperature] = results["overall"][tune.headline]["mean"]
+        if overall := results["overall"][tune.headline]:
+            scores[temperature] = overall["mean"]
+    if not scores:
+        raise RunError(
+            f"{name}: no temperature has a score, so none can be chosen.\n"
+            f"    Fix: read the reasons in {folder}/*/samples.jsonl, then run again."
+        )
     best = max(scores, key=lambda temperature: scores[temperature])
     shown = ", ".join(f"{score:.3f} at {t}" for t, score in scores.items())
     progress.line(f"{name}: {shown}; best at {best}")
@@ -125,9 +136,15 @@ def compare_at(
 def result_line(title: str, comparison: dict[str, Any]) -> str:
     """Return the one line that says what came out."""
     entry = comparison["overall"]
+    score, interval = "base=none trained=none delta=none", "none"
+    if entry is not None:
+        score = (
+            f"base={entry['before']:.2f} trained={entry['after']:.2f} delta={entry['mean']:+.2f}"
+        )
+        if entry["low"] is not None:
+            interval = f"[{entry['low']:+.2f}, {entry['high']:+.2f}]"
     return (
-        f"{title} suite={SUITE} base={entry['before']:.2f} trained={entry['after']:.2f} "
-        f"delta={entry['mean']:+.2f} ci95=[{entry['low']:+.2f}, {entry['high']:+.2f}] "
+        f"{title} suite={SUITE} {score} ci95={interval} "
         f"prompts={comparison['prompts']} images={2 * comparison['pairs']}"
     )
 

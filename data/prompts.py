@@ -29,7 +29,8 @@ def training_records(
     if not path.is_file():
         raise DataError(f"{path}: no such file.\n    Fix: correct prompts.source in the recipe.")
     records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    # Not splitlines(): a JSON text may hold U+2028 and other line ends of Unicode as they are.
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
         if line.strip():
             records.append(_record(path, number, line))
     if not records:

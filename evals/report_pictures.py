@@ -28,7 +28,8 @@ def gallery(results: Sequence[ResultFolder], group: int, out: Path) -> dict[str,
     Only pictures that every result has are shown. Seed `i` of prompt number `p` in result `r` lies
     at images/`group`-`r`/`p`-`i`.webp. The data holds `names`, `tasks`, `strings` and, for each
     prompt, its text, task number and for each seed one cell a result: [value, reason, size, boxes].
-    Boxes are [label, left, top, right, bottom] in pixels; texts are numbers into `strings`.
+    Boxes are [label, left, top, right, bottom] in pixels; texts are numbers into `strings`. `kind`
+    and `better` are those of the headline's `Metric`: an amount is neither right nor wrong.
     """
     by_key = [{(s["prompt_id"], s["index"]): s for s in result.samples} for result in results]
     rows: dict[str, list[list[Sample]]] = {}
@@ -59,6 +60,7 @@ def gallery(results: Sequence[ResultFolder], group: int, out: Path) -> dict[str,
         "tasks": list(tasks.numbers),
         "strings": list(strings.numbers),
         "better": results[0].metrics[headline].better,
+        "kind": results[0].metrics[headline].kind,
         "prompts": prompts,
     }
 

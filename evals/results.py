@@ -231,6 +231,11 @@ def finished_samples(folder: Path) -> dict[tuple[str, int], Sample]:
     }
 
 
+def unscored(sample: Sample, suite: Suite) -> bool:
+    """Return whether a sample has no value for the suite's headline."""
+    return sample["values"].get(suite.headline) is None
+
+
 def append_samples(folder: Path, rows: Sequence[Sample]) -> None:
     """Add a batch's rows with one flush to the disk: one a row would take longer than painting."""
     text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)

@@ -16,6 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from common.atomic import write_text
 from common.errors import AtelierError
 from common.journal import Journal
@@ -38,9 +40,10 @@ from evals.results import (
     finished_samples,
     summarise,
     thumbnail,
+    unscored,
     webp,
 )
-from evals.suites import Metric, Record, SampleScore, Suite, load_suite, task_of
+from evals.suites import Metric, Record, SampleScore, Suite, checked, load_suite, task_of
 from evals.taking_over import claim, take_over
 
 _NOT_SETTINGS = ("policy_hash", "suite", "suite_version", "prompts", "suite_settings")
@@ -80,7 +83,8 @@ def evaluate(
     differs, and one that another process writes UsageError.
     Pictures that folders beside it hold of the same policy, prompt and settings are taken over, so
     that nothing is made twice.
-    A sample whose scorer fails has None values and the reason, and is counted as unscored.
+    A sample whose scorer fails has None values and the reason, and is counted as unscored; the
+    same call again scores it again from its stored picture, and no other folder takes it over.
     """
     suite = load_suite(suite) if isinstance(suite, str) else suite
     whole, suite = suite, suite.limited(limit)
@@ -107,16 +111,29 @@ def evaluate(
             write_text(out / PROMPTS, "".join(records))
         wanted = [(record, index) for record in suite.records for index in range(seeds)]
         done = finished_samples(out)
-        if len(done) == len(wanted) and (out / RESULTS).is_file():
+        lacking = not_supported(policy, suite)
+        failed = [] if lacking else [key for key, row in done.items() if unscored(row, suite)]
+        if suite.answers:  # their answers are not stored, so they are asked for again
+            done = {key: row for key, row in done.items() if key not in failed}
+            failed = []
+        if len(done) == len(wanted) and not failed and (out / RESULTS).is_file():
             progress.line(f"{out} is complete: nothing to generate")
             return dict(json.loads((out / RESULTS).read_text(encoding="utf-8")))
+        (out / RESULTS).unlink(missing_ok=True)  # a run cut off now must not leave an old summary
         Journal(out / SAMPLES)  # cuts off a row torn by a kill, before rows are added
         missing = {(r["prompt_id"], i) for r, i in wanted} - done.keys()
-        done |= take_over(out, identity, missing, progress)
+        done |= take_over(out, identity, missing, suite, progress)
         pending = [(r, i) for r, i in wanted if (r["prompt_id"], i) not in done]
         task = f"eval {suite.name}"
         progress.start(task, len(wanted))
-        progress.advance(task, len(done))
+        progress.advance(task, len(done) - len(failed))
+        by_id = {record["prompt_id"]: record for record in suite.records}
+        for start in range(0, len(failed), batch_size):
+            before = [done[key] for key in failed[start : start + batch_size]]
+            rows = _score_again(suite, before, [by_id[row["prompt_id"]] for row in before], out)
+            append_samples(out, rows)
+            done |= {(row["prompt_id"], row["index"]): row for row in rows}
+            progress.advance(task, len(rows))
         for start in range(0, len(pending), batch_size):
             batch = pending[start : start + batch_size]
             rows = _sample_batch(policy, suite, batch, identity, out)
@@ -136,7 +153,7 @@ def evaluate(
             "settings": {key: v for key, v in identity.items() if key not in _NOT_SETTINGS},
             "command": command,
         }
-        if lacking := not_supported(policy, suite):
+        if lacking:
             facts["not_supported"] = lacking
         return write_results(out, samples, facts | published_numbers(suite, samples))
 
@@ -151,10 +168,10 @@ def comparability(
     """
     before = suite.comparability(seeds, limit)
     reasons = [before] if before else []
-    if unscored := count_unscored(samples, suite.headline):
-        reasons.append(f"{unscored} of {len(samples)} pictures could not be scored")
-    told = {note for s in samples if (note := s["details"].get("not_comparable"))}
-    reasons += [note for note in sorted(map(str, told)) if note not in (before or "")]
+    if count := count_unscored(samples, suite.headline):
+        reasons.append(f"{count} of {len(samples)} pictures could not be scored")
+    told = {str(note) for s in samples if (note := s["details"].get("not_comparable"))}
+    reasons += [note for note in sorted(told) if note not in (before or "")]
     return "; ".join(reasons) or None
 
 
@@ -217,8 +234,7 @@ def _sample_batch(
     started = time.perf_counter()
     images, made = make(policy, suite, [record for record, _ in batch], seeds, identity)
     generating = (time.perf_counter() - started) / len(batch)
-    with ThreadPoolExecutor(suite.workers) as pool:
-        scores = list(pool.map(partial(_score, suite), made, [record for record, _ in batch]))
+    scores = _score_all(suite, made, [record for record, _ in batch])
     rows = []
     for (record, index), seed, image, (score, scoring) in zip(
         batch, seeds, images, scores, strict=True
@@ -251,13 +267,34 @@ def _sample_batch(
     return rows
 
 
+def _score_again(
+    suite: Suite, before: Sequence[Sample], records: Sequence[Record], out: Path
+) -> list[Sample]:
+    """Return the rows of samples that had no score, scored from their stored pictures."""
+    pictures = []
+    for row in before:
+        with Image.open(out / row["image"]) as stored:
+            pictures.append(stored.convert("RGB"))
+    return [
+        {**row, **asdict(score), "seconds": {**row["seconds"], "score": round(seconds, 6)}}
+        for row, (score, seconds) in zip(before, _score_all(suite, pictures, records), strict=True)
+    ]
+
+
+def _score_all(
+    suite: Suite, made: Sequence[Any], records: Sequence[Record]
+) -> list[tuple[SampleScore, float]]:
+    with ThreadPoolExecutor(suite.workers) as pool:
+        return list(pool.map(partial(_score, suite), made, records))
+
+
 def _score(suite: Suite, made: Any, record: Record) -> tuple[SampleScore, float]:
     """Return what the scorer says of a picture or of answers, and the seconds that it took."""
     started = time.perf_counter()
     if made is None:
         return SampleScore(dict.fromkeys(suite.metrics), "not supported by the policy"), 0.0
     try:
-        score = suite.score(made, record)
+        score = checked(suite.score(made, record), suite)
     except AtelierError as error:
         score = SampleScore(dict.fromkeys(suite.metrics), f"could not be scored: {error}")
     return score, time.perf_counter() - started

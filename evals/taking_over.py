@@ -18,7 +18,9 @@ from evals.results import (
     differences_of,
     finished_samples,
     read_records,
+    unscored,
 )
+from evals.suites import Suite
 
 _HOW_MANY = ("limit", "seeds", "prompts")
 """Which pictures an evaluation makes, not how: a picture's seed depends on its prompt and index."""
@@ -49,12 +51,17 @@ def claim(out: Path, identity: Mapping[str, Any]) -> None:
 
 
 def take_over(
-    out: Path, identity: Mapping[str, Any], missing: set[tuple[str, int]], progress: Progress
+    out: Path,
+    identity: Mapping[str, Any],
+    missing: set[tuple[str, int]],
+    suite: Suite,
+    progress: Progress,
 ) -> dict[tuple[str, int], Sample]:
     """Copy missing pictures (prompt id, index) from the folders beside `out`; return their rows.
 
     Taken are those of the same policy, suite and settings whose whole prompt record is the same,
-    however many prompts and seeds the other evaluation has and whether or not it was finished.
+    however many prompts and seeds the other evaluation has and whether or not it was finished, and
+    which have a score.
     """
     own = read_records(out)
     wanted, found = set(missing), dict[tuple[str, int], Sample]()
@@ -72,7 +79,7 @@ def take_over(
         rows = {
             key: row
             for key, row in samples.items()
-            if key in wanted and records.get(key[0]) == own[key[0]]
+            if key in wanted and records.get(key[0]) == own[key[0]] and not unscored(row, suite)
         }
         for row in rows.values():
             shutil.copyfile(other / row["image"], out / row["image"])

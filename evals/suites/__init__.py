@@ -3,16 +3,18 @@
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
+from common.errors import DataError
 from common.registry import Registry
 from evals.suites.identity import option_content, source_hash
 from evals.suites.options import check_options
-from evals.suites.suite import Metric, Record, SampleScore, Suite, task_of
+from evals.suites.suite import Metric, Record, SampleScore, Suite, checked, task_of
 
 __all__ = [
     "Metric",
     "Record",
     "SampleScore",
     "Suite",
+    "checked",
     "list_suites",
     "load_suite",
     "register_suite",
@@ -67,14 +69,29 @@ def load_suite(
 
     Its `settings` are completed by the options (files by their content) and, for a suite that is
     not our own, by a hash of the file that builds it: they decide what is scored, and a change must
-    not go unnoticed. Raises AtelierError for an unknown name, naming the nearest one, and
-    UsageError for an option that the suite lacks or needs.
+    not go unnoticed. Raises AtelierError for an unknown name, naming the nearest one, UsageError
+    for an option that the suite lacks or needs, and DataError for two prompts under one id.
     """
     builder: SuiteBuilder = _suites.get(name)
     chosen = dict(options or {})
     check_options(f"suite `{name}`", builder, chosen)
     suite = builder(**chosen)
+    _check_ids(suite)
     facts = {option: option_content(value) for option, value in chosen.items()}
     if not builder.__module__.startswith(f"{__name__}."):
         facts["source"] = source_hash(builder)
     return replace(suite, settings={**facts, **suite.settings}).limited(limit)
+
+
+def _check_ids(suite: Suite) -> None:
+    """Raise DataError for two prompts under one id: their pictures would overwrite each other."""
+    prompts: dict[str, str] = {}
+    for record in suite.records:
+        name = record["prompt_id"]
+        if name in prompts:
+            raise DataError(
+                f"suite `{suite.name}` has two prompts with the id {name!r}: {prompts[name]!r} and "
+                f"{record['prompt']!r}.\n    Fix: give each prompt an id of its own; of files that "
+                "rewrite the same prompts, keep one set."
+            )
+        prompts[name] = record["prompt"]

@@ -12,8 +12,10 @@ from PIL import Image
 
 from common.errors import DataError
 from evals.suites.files import NO_CHECKSUM, digest, read_table
+from evals.suites.identity import source_hash
 from evals.suites.rewarded import TIMEOUT_S, mean, mean_over_prompts, recorded, typed
 from evals.suites.suite import Metric, Record, SampleScore, Suite
+from rewards.plugins import load_reward
 from rewards.runner import RewardRunner, RewardSpec
 
 PROMPTS = 1065
@@ -34,7 +36,8 @@ def dpg_bench(csv: str, judge: str = "yes_no", **arguments: str) -> Suite:
     """
     file = Path(csv)
     records = read_questions(file)
-    runner = RewardRunner([RewardSpec(judge, timeout_s=TIMEOUT_S, args=typed(arguments))])
+    args = typed(arguments)
+    runner = RewardRunner([RewardSpec(judge, timeout_s=TIMEOUT_S, args=args)])
 
     def score(image: Image.Image, record: Record) -> SampleScore:
         questions = record["metadata"]["questions"]
@@ -56,7 +59,12 @@ def dpg_bench(csv: str, judge: str = "yes_no", **arguments: str) -> Suite:
             "yes": Metric("Questions answered yes"),
         },
         not_comparable=f"{reason}; {NO_CHECKSUM}",
-        settings={"judge": judge, "csv_sha256": digest([file]), **recorded(arguments, "judge")},
+        settings={
+            "judge": judge,
+            "judge_source": source_hash(load_reward(judge, **args).function),
+            "csv_sha256": digest([file]),
+            **recorded(arguments, "judge"),
+        },
         pictures=PICTURES,
         published=_published,
     )

@@ -1,4 +1,8 @@
-"""GenEval's six tasks in the scene world: held-out combinations, GenEval's own rules."""
+"""GenEval's six tasks in the scene world: held-out combinations, GenEval's own rules.
+
+A class alone is no combination, so it cannot be held out: the six prompts of `single_object` occur
+in training too. The other five tasks have no prompt of training.
+"""
 
 from dataclasses import replace
 

@@ -6,8 +6,10 @@ from typing import Any
 
 from PIL import Image
 
+from evals.suites.identity import source_hash
 from evals.suites.suite import Metric, Record, SampleScore, Suite
 from recipes.yaml_loader import parse_yaml
+from rewards.plugins import load_reward
 from rewards.runner import RewardRunner, RewardSpec
 
 TIMEOUT_S = 600.0
@@ -34,7 +36,8 @@ def reward_suite(
     `reward` is a registered name or "file.py:function" and `arguments` are its own, as typed on a
     command line. Raises RewardError for a reward that cannot be loaded or cannot score a record.
     """
-    runner = RewardRunner([RewardSpec(reward, timeout_s=TIMEOUT_S, args=typed(arguments))])
+    args = typed(arguments)
+    runner = RewardRunner([RewardSpec(reward, timeout_s=TIMEOUT_S, args=args)])
     runner.check_records(records)
     [metric] = runner.names
 
@@ -52,7 +55,12 @@ def reward_suite(
         score=score,
         metrics={metric: Metric(metric, "amount")},
         not_comparable=not_comparable,
-        settings={"reward": reward, **(settings or {}), **recorded(arguments, "reward")},
+        settings={
+            "reward": reward,
+            "reward_source": source_hash(load_reward(reward, **args).function),
+            **(settings or {}),
+            **recorded(arguments, "reward"),
+        },
         pictures=pictures,
         published=published,
     )

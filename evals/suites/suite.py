@@ -1,7 +1,10 @@
 """What a benchmark suite is: prompts, a scorer for one picture, and what its numbers mean."""
 
+import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from typing import Any, Literal
 
 from PIL import Image
@@ -118,6 +121,31 @@ class Suite:
             if turn < len(records)
         ]
         return replace(self, records=tuple(in_turn[:limit]))
+
+
+def checked(score: SampleScore, suite: Suite) -> SampleScore:
+    """Return a score as it can be stored; without any value, and why, where it cannot.
+
+    Anybody's scorer may leave out a metric, give no finite number, or details that are no JSON.
+    """
+    wrong = [f"no value for `{name}`" for name in suite.metrics if name not in score.values]
+    wrong += [
+        f"{value!r} for `{name}` is no finite number"
+        for name, value in score.values.items()
+        if value is not None and not (isinstance(value, Real) and math.isfinite(value))
+    ]
+    try:
+        text = json.dumps([score.reason, score.details], allow_nan=False, ensure_ascii=False)
+        text.encode()
+    except (TypeError, ValueError) as error:  # what JSON or UTF-8 cannot hold
+        wrong.append(f"its reason or details are no JSON ({error})")
+    if not isinstance(score.details, Mapping):
+        wrong.append("its details are no dictionary")
+    if wrong:
+        why = "; ".join(wrong).encode(errors="backslashreplace").decode()
+        return SampleScore(dict.fromkeys(suite.metrics), f"could not be scored: {why}")
+    values = {name: None if x is None else float(x) for name, x in score.values.items()}
+    return replace(score, values=values)
 
 
 def task_of(record: Record) -> str:

@@ -32,11 +32,17 @@
   label();
 
   const right = (data, value) => value !== null && (data.better === "higher" ? value >= 1 : value <= 0);
-  const mark = (data, value) => (value === null ? "not scored" : right(data, value) ? "✓" : "✗");
+  // An amount has no right and wrong: its number stands there instead of a mark.
+  const judged = (data, value) => value !== null && data.kind === "rate";
+  const mark = (data, value) => {
+    if (value === null) return "not scored";
+    if (!judged(data, value)) return String(value);
+    return right(data, value) ? "✓" : "✗";
+  };
   const outcomes = (data, cells, candidate) => {
     const value = cells[candidate][0];
     const found = ["all"];
-    if (value !== null && !right(data, value)) found.push("failed");
+    if (judged(data, value) && !right(data, value)) found.push("failed");
     const before = cells[0][0];
     if (candidate > 0 && value !== null && before !== null && value !== before) {
       found.push((value > before) === (data.better === "higher") ? "improved" : "worsened");
@@ -75,7 +81,7 @@
 
   const verdictLine = (data, cell, column) => make(
     "p",
-    { className: `said ${cell[0] === null ? "" : right(data, cell[0]) ? "right" : "wrong"}` },
+    { className: `said ${!judged(data, cell[0]) ? "" : right(data, cell[0]) ? "right" : "wrong"}` },
     make("b", { textContent: `${data.names[column]} ${mark(data, cell[0])}` }),
     ` ${data.strings[cell[1]]}`,
   );

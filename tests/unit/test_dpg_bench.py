@@ -111,6 +111,14 @@ def test_scores_are_the_official_script_s(official: Path, tmp_path: Path) -> Non
     assert "no published checksum" in reason
 
 
+def test_a_changed_judge_is_another_evaluation(official: Path, tmp_path: Path) -> None:
+    evaluate(Painter(), suite_of(official), tmp_path / "r", seeds=1, weights="w")
+    judge = official.parent / "judge.py"
+    judge.write_text(judge.read_text() + "\n# stricter\n")
+    with pytest.raises(RunError, match="judge_source is 'seen of source"):
+        evaluate(Painter(), suite_of(official), tmp_path / "r", seeds=1, weights="w")
+
+
 def test_a_missing_answer_is_no_score(official: Path) -> None:
     suite = suite_of(official, "moody")
     told = suite.score(Image.new("RGB", (4, 4)), suite.records[1])

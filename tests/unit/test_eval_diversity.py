@@ -47,6 +47,14 @@ def test_nothing_to_compare_is_none() -> None:
     assert layout({}) is None
 
 
+@pytest.mark.parametrize("far", [1e308, -1e308, 10**400])
+def test_boxes_beyond_every_picture_are_left_out(far: float) -> None:
+    odd = details(("ring", 20, 20))
+    odd["objects"].append({"label": "ring", "box": [far, far, far, far]})
+    value = prompt_diversity([odd, details(("ring", 50, 60), ("ring", 90, 90))])
+    assert value == pytest.approx(0.5)
+
+
 def test_independent_uniform_objects_are_half_a_picture_apart() -> None:
     rng = np.random.default_rng(0)
     points = rng.uniform(0, 100, size=(400, 2))

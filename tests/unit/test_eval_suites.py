@@ -231,6 +231,18 @@ def test_a_reward_over_a_prompt_file(tmp_path: Path) -> None:
         load_suite("prompt-file", options=options | {"prompts": str(bare)})
 
 
+def test_two_prompts_under_one_id_are_refused(tmp_path: Path) -> None:
+    prompts = tmp_path / "rooms.jsonl"
+    lines = [{"prompt": prompt, "prompt_id": "lamp"} for prompt in ("a lamp", "a red lamp")]
+    prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "bright.py").write_text(CODE)
+    options = {"prompts": str(prompts), "reward": f"{tmp_path}/bright.py:bright"}
+    with pytest.raises(
+        DataError, match=r"id 'lamp': 'a lamp' and 'a red lamp'.*\n *Fix: give each"
+    ):
+        load_suite("prompt-file", options=options)
+
+
 def judged_by(folder: Path, code: str, prompt: str = "a lamp", **options: str) -> Suite:
     """A suite over folder/rooms.jsonl with the reward in folder/bright.py."""
     folder.mkdir(exist_ok=True)

@@ -164,6 +164,7 @@ def test_what_decides_a_score_is_recorded(tmp_path: Path) -> None:
     options = {"prompts": str(tmp_path / "p.txt"), "weights": "w"}
     settings = load_suite("pick-score", options=options).settings
     assert settings["reward_weights"] == "w"
+    assert settings["reward_source"].startswith("pick_score of source ")
     (tmp_path / "p.txt").write_text("a blue dog\n")
     other = load_suite("pick-score", options=options).settings
     assert other["prompts_sha256"] != settings["prompts_sha256"]

@@ -3,6 +3,8 @@
 import base64
 import json
 import re
+import shutil
+import subprocess
 import zlib
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,7 +18,7 @@ from PIL import Image
 from benchmarks.report import write_folder
 from common.errors import RunError
 from evals.recipe_diff import recipe_diff
-from evals.report import build_report, format_signed, gpu_hours, markdown_text
+from evals.report import TEMPLATES, build_report, format_signed, gpu_hours, markdown_text
 from evals.results import load_results
 from evals.run import evaluate
 from evals.suites import Metric
@@ -159,6 +161,73 @@ def test_one_result_alone(tmp_path: Path) -> None:
     page = build_report([results(tmp_path / "a")], tmp_path / "out").read_text()
     assert "Improved" not in page
     assert "Failed" in page
+
+
+def test_every_result_says_whether_it_is_comparable_and_what_is_published(tmp_path: Path) -> None:
+    suite = replace(toy_suite(4), not_comparable=None, published=lambda rows: {"As a paper": 12.25})
+    for name, limit, judged in (
+        ("whole", None, suite),
+        ("part", 2, replace(suite, published=None)),
+    ):
+        policy = StandInPolicy(suite.records, 0.4)
+        evaluate(policy, judged, tmp_path / name, seeds=1, limit=limit, weights=name)
+    page = build_report([tmp_path / "whole", tmp_path / "part"], tmp_path / "out")
+    text = " ".join("".join(Page(page.read_text()).texts).split())
+    for form in (text, page.with_suffix(".md").read_text()):
+        assert (
+            "whole: comparable with the published leaderboard. As published: As a paper 12.25."
+        ) in form
+        assert (
+            "part: not comparable with a published leaderboard: 2 of 4 prompts were used." in form
+        )
+        assert form.count("As published") == 1
+
+
+def test_an_amount_is_shown_and_neither_right_nor_wrong(tmp_path: Path) -> None:
+    suite = toy_suite(2)
+    metrics = {"extra_objects": suite.metrics["extra_objects"]}
+    policy = StandInPolicy(suite.records, 0.4)
+    evaluate(policy, replace(suite, metrics=metrics), tmp_path / "a", seeds=1, weights="w")
+    text = build_report([tmp_path / "a"], tmp_path / "out").read_text()
+    assert json.loads(zlib.decompress(base64.b64decode(Page(text).scripts[0])))["kind"] == "amount"
+    assert 'value="failed"' not in text
+
+
+SHOWN = """
+const script = require("fs").readFileSync(process.argv[1], "utf8");
+const from = script.indexOf("const right ="), to = script.indexOf("const overlay =");
+const shown = new Function(script.slice(from, to) + "; return [mark, outcomes];");
+const [mark, outcomes] = shown();
+const said = [];
+for (const kind of ["amount", "rate"]) {
+  const data = { kind, better: "higher" };
+  for (const value of [0.27, 1, null]) {
+    said.push([mark(data, value), outcomes(data, [[value]], 0)]);
+  }
+}
+console.log(JSON.stringify(said));
+"""
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="node runs the page's script")
+def test_the_gallery_marks_rates_alone() -> None:
+    script = TEMPLATES / "report.js"
+    told = subprocess.run(["node", "-e", SHOWN, script], capture_output=True, text=True, check=True)
+    assert json.loads(told.stdout) == [
+        ["0.27", ["all"]],
+        ["1", ["all"]],
+        ["not scored", ["all"]],
+        ["✗", ["all", "failed"]],
+        ["✓", ["all"]],
+        ["not scored", ["all"]],
+    ]
+
+
+def test_a_button_that_the_page_hides_is_not_shown() -> None:
+    style = (TEMPLATES / "report.css").read_text()
+    shown, hidden = style.index(".more { display: block"), style.index(".more[hidden]")
+    assert shown < hidden
+    assert style[hidden:].startswith(".more[hidden] { display: none; }")
 
 
 def test_a_report_is_replaced_and_other_folders_are_not(tmp_path: Path) -> None:

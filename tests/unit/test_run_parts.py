@@ -14,7 +14,7 @@ from tiny_policy import write_recipe
 import rl.run
 from common.errors import DataError, RunError
 from common.progress import SilentProgress
-from data.prompts import draw_records
+from data.prompts import draw_records, training_records
 from evals.suites import load_suite
 from policy.quiet import quiet_libraries
 from recipes import load_recipe
@@ -36,6 +36,12 @@ def recipe_of(*overrides: str):
 
 def drawn(steps, per_step=5, tasks=None, seed=0, source="scenes"):
     return draw_records(source, "train", tasks, steps=steps, per_step=per_step, seed=seed)
+
+
+def test_only_a_newline_ends_a_line_of_a_prompt_file(tmp_path):
+    file = tmp_path / "p.jsonl"
+    file.write_bytes('{"prompt": "a\u2028b"}\r\n{"prompt": "c\u0085d"}\n'.encode())
+    assert [r["prompt"] for r in training_records(str(file), "all")] == ["a\u2028b", "c\u0085d"]
 
 
 def test_a_step_s_prompts_depend_on_seed_and_step_alone():

@@ -1,0 +1,81 @@
+"""Scores that fail or cannot be stored: none and the reason, and tried again."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from eval_stand_in import StandInPolicy, toy_suite
+from PIL import Image
+
+from common.errors import RewardError
+from evals.results import load_results
+from evals.run import evaluate
+from evals.suites import Record, SampleScore
+
+
+def test_a_failed_score_is_tried_again_on_the_stored_picture(tmp_path: Path) -> None:
+    suite = toy_suite(3)
+    broken = suite.records[0]["prompt_id"]
+
+    def score(image: Image.Image, record: Record) -> SampleScore:
+        if record["prompt_id"] == broken:
+            raise RewardError("the detector is away")
+        return suite.score(image, record)
+
+    away = replace(suite, score=score)
+    evaluate(StandInPolicy(suite.records, 0.4), away, tmp_path / "a", seeds=2, weights="w")
+    policy = StandInPolicy(suite.records, 0.4)
+    evaluate(policy, away, tmp_path / "b", seeds=2, weights="w")
+    assert len(policy.generated) == 2  # what has no score is not taken over
+    policy = StandInPolicy(suite.records, 0.4)
+    again = evaluate(policy, suite, tmp_path / "a", seeds=2, weights="w")
+    assert policy.generated == []
+    assert again["unscored"]["strict"] == 0
+    whole = evaluate(policy, suite, tmp_path / "elsewhere" / "c", seeds=2, weights="w")
+    assert again["overall"] == whole["overall"]
+    assert len(load_results(tmp_path / "a").samples) == 6
+
+
+def test_a_run_cut_off_after_scoring_again_leaves_no_old_summary(tmp_path, monkeypatch) -> None:
+    suite = toy_suite(1)
+    policy = StandInPolicy(suite.records, 0.0)
+    nothing = SampleScore(dict.fromkeys(suite.metrics), "the detector is away")
+    away = replace(suite, score=lambda image, record: nothing)
+    evaluate(policy, away, tmp_path / "a", seeds=1, weights="w")
+
+    def cut(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("evals.run.write_results", cut)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(policy, suite, tmp_path / "a", seeds=1, weights="w")
+    results = evaluate(policy, suite, tmp_path / "a", seeds=1, weights="w")
+    assert results["unscored"]["strict"] == 0
+
+
+@pytest.mark.parametrize(
+    ("told", "why"),
+    [
+        (SampleScore({"strict": float("nan"), "extra_objects": 0.0}, ""), "nan for `strict`"),
+        (SampleScore({"strict": 1.0}, ""), "no value for `extra_objects`"),
+        (SampleScore({"strict": "1", "extra_objects": 0}, ""), "'1' for `strict`"),  # type: ignore[dict-item]
+        (SampleScore({"strict": 1.0, "extra_objects": 0}, "", {"x": float("inf")}), "no JSON"),
+        (SampleScore({"strict": 1.0, "extra_objects": 0}, "\ud800"), "no JSON"),
+        (SampleScore({"strict": 1.0, "extra_objects": 0}, "", [1]), "no dictionary"),  # type: ignore[arg-type]
+    ],
+)
+def test_a_score_that_cannot_be_stored_is_none(tmp_path: Path, told: SampleScore, why: str) -> None:
+    suite = replace(toy_suite(1), score=lambda image, record: told)
+    results = evaluate(StandInPolicy(suite.records, 0), suite, tmp_path / "a", seeds=1, weights="w")
+    assert results["unscored"] == {"strict": 1, "extra_objects": 1}
+    [row] = load_results(tmp_path / "a").samples
+    assert row["reason"].startswith("could not be scored: ")
+    assert why in row["reason"]
+
+
+def test_a_note_of_any_type_tells_why_results_are_not_comparable(tmp_path: Path) -> None:
+    score = SampleScore({"strict": 1.0, "extra_objects": 0.0}, "", {"not_comparable": ["mine"]})
+    suite = replace(toy_suite(1), score=lambda image, record: score)
+    results = evaluate(StandInPolicy(suite.records, 0), suite, tmp_path / "a", seeds=1, weights="w")
+    assert "['mine']" in results["suite"]["not_comparable"]
