@@ -104,6 +104,22 @@ def test_details_are_what_json_can_hold():
     assert details == {"1": [2, 3], "array": [0, 1], "object": str(grey), "deep": {"null": 0.5}}
 
 
+def test_reasons_and_details_can_be_written_whatever_they_hold():
+    @reward(name="t_unwritable")
+    def unwritable(images):
+        odd = {"cut \ud83d": ["cut \ud83d", math.nan, -math.inf, np.float64("inf"), "é"]}
+        return [Score(1.0, "cut \ud83d", odd) for _ in images]
+
+    @reward(name="t_unwritable_error")
+    def unwritable_error(images):
+        raise ValueError("cut \ud83d")
+
+    [scored] = run(*map(RewardSpec, ("t_unwritable", "t_unwritable_error")), images=PICTURES[:1])
+    assert scored.reasons["t_unwritable"] == "cut ?"
+    assert scored.details["t_unwritable"] == {"cut ?": ["cut ?", None, None, None, "é"]}
+    assert "cut ?" in scored.reasons["t_unwritable_error"]
+
+
 @pytest.mark.parametrize("details", [[1, 2], [], "text", {(1, 2): 3}])
 def test_details_that_are_no_json_object_cost_only_their_own_score(details):
     @reward(name="t_no_details")
