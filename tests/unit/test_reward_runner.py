@@ -206,7 +206,14 @@ def test_a_wrong_return_value_or_length_is_none_for_all(returned):
     assert all("returned" in s.reasons["t_wrong"] for s in scored)
 
 
-@pytest.mark.parametrize("error", [ZeroDivisionError("oops"), SystemExit(3), StopIteration()])
+class Panic(BaseException):
+    """As raised by libraries written in Rust."""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ZeroDivisionError("oops"), SystemExit(3), StopIteration(), Panic("oops"), GeneratorExit()],
+)
 def test_a_picture_that_raises_costs_only_its_own_score(error):
     calls = []
 
@@ -222,6 +229,18 @@ def test_a_picture_that_raises_costs_only_its_own_score(error):
     assert parts(scored, "t_level") == [0, 1, 2, 3, 4, 5]
     # Two batches of three, then the pictures of the failed one singly, each once.
     assert calls == [3, 3, 1, 1, 1]
+
+
+@pytest.mark.parametrize("error", [Panic("oops"), GeneratorExit("oops")])
+def test_what_a_coroutine_raises_costs_only_its_own_scores(error):
+    @reward(name="t_awaited_panic")
+    async def awaited_panic(images):
+        raise error
+
+    scored = run(RewardSpec("t_awaited_panic"), RewardSpec("t_level"))
+    assert parts(scored, "t_awaited_panic") == [None] * 6
+    assert parts(scored, "t_level") == [0, 1, 2, 3, 4, 5]
+    assert "oops" in scored[0].reasons["t_awaited_panic"]
 
 
 def test_the_reason_names_error_and_line():
