@@ -5,6 +5,7 @@ import math
 import multiprocessing
 import os
 import signal
+import sqlite3
 import time
 
 import pytest
@@ -348,3 +349,30 @@ def test_a_cache_that_is_something_else_is_refused(tmp_path):
         ScoreCache(tmp_path)
     with pytest.raises(RewardError, match="is not a score cache"):
         ScoreCache(file / "below.sqlite")
+
+
+def test_a_cache_that_is_locked_costs_a_warning_and_no_score(counting, tmp_path, caplog):
+    cache = ScoreCache(tmp_path / "cache.sqlite")
+    cache._data.execute("PRAGMA busy_timeout = 10")
+    other = sqlite3.connect(tmp_path / "cache.sqlite")
+    other.execute("BEGIN EXCLUSIVE")
+    with RewardRunner([RewardSpec("w_count")], cache=cache) as runner:
+        for _ in range(2):
+            assert runner.score(pictures(2), ["a", "b"])[1].total is not None
+        assert [record.message for record in caplog.records if "locked" in record.message] == [
+            "the score cache failed (database is locked); what it lacks is scored anew"
+        ]
+        other.close()
+        runner.score(pictures(2), ["a", "b"])
+        before = len(counting)
+        runner.score(pictures(2), ["a", "b"])
+        assert len(counting) == before
+    cache.close()
+
+
+def test_columns_that_cannot_be_sorted_are_scored_anew(counting):
+    with RewardRunner([RewardSpec("w_count")], cache=ScoreCache()) as runner:
+        columns = {"tag": [{1: "a", "b": "c"}, {(1, 2): 3}]}
+        for _ in range(2):
+            scored = runner.score(pictures(2), ["a", "b"], columns)
+            assert [one.total is not None for one in scored] == [True, True]
