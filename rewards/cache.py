@@ -7,7 +7,7 @@ import logging
 import sqlite3
 import threading
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -115,9 +115,29 @@ def image_digest(image: Image.Image) -> str:
     return _hash(image.mode, str(image.size), pixels.tobytes())
 
 
-def score_key(identity: str, digest: str, prompt: str, columns: Mapping[str, Any]) -> str:
-    """Return the key of one score; `columns` are the values that the reward gets to see."""
-    return _hash(identity, digest, prompt, _text(columns))
+def score_key(
+    identity: str,
+    digest: str,
+    prompt: str,
+    columns: Mapping[str, Any],
+    paths: Collection[str] = (),
+) -> str:
+    """Return the key of one score; `columns` are the values that the reward gets to see.
+
+    Of the columns named in `paths`, files count with what they hold.
+    """
+    files = {name: _file(value) for name, value in columns.items() if name in paths}
+    return _hash(identity, digest, prompt, _text(columns), _text(files))
+
+
+def _file(value: Any) -> str:
+    """Return a hash of what a file holds; "" for no path, a new text for an unreadable file."""
+    if not isinstance(value, str):
+        return ""
+    try:
+        return _hash(Path(value).read_bytes())
+    except (OSError, ValueError):
+        return uuid.uuid4().hex
 
 
 def _text(values: Mapping[str, Any]) -> str:

@@ -41,12 +41,14 @@ class Traits:
 
     `whole_batch`: scores depend on the other pictures of the call, so the batch is never split.
     `paths`: columns whose text it opens as files; a server refuses text there.
+    `cacheable`: scores of the same input stay the same, so they may be kept.
     """
 
     name: str
     check: RecordCheck | None = None
     whole_batch: bool = False
     paths: tuple[str, ...] = ()
+    cacheable: bool = True
 
 
 class RewardFunction:
@@ -68,6 +70,7 @@ class RewardFunction:
         self.name = traits.name
         self.whole_batch = traits.whole_batch
         self.paths = traits.paths
+        self.cacheable = traits.cacheable and not traits.whole_batch
         self.args = dict(args)
         self._check = traits.check
         parameters = inspect.signature(function).parameters

@@ -43,7 +43,7 @@ class _Server:
     rests_until: float = 0.0
 
 
-@reward(name="remote")
+@reward(name="remote", cacheable=False)
 async def remote(
     images: Sequence[Image.Image],
     prompts: Sequence[str],
