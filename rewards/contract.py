@@ -11,6 +11,8 @@ from common.errors import RewardError
 from common.registry import nearest
 
 _GIVEN = ("images", "prompts", "completions")
+_TAKEN = ("images", "prompts", "self")
+"""Names that a column cannot have: they would be given twice."""
 _OPTION = inspect.Parameter.KEYWORD_ONLY
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, _OPTION)
 
@@ -123,6 +125,13 @@ class RewardFunction:
 
     def check_record(self, record: Mapping[str, Any]) -> None:
         """Raise RewardError if the reward cannot score this prompt record; the message names it."""
+        for column in _TAKEN:
+            if column in record:
+                raise RewardError(
+                    f"prompt record `{record.get('prompt_id') or record.get('prompt')}`: a column "
+                    f"cannot be called `{column}`: rewards get something else under that name. "
+                    "Fix: rename it."
+                )
         missing = [name for name in self.required_columns if name not in record]
         if missing:
             name = record.get("prompt_id") or record.get("prompt")

@@ -374,6 +374,16 @@ def test_a_missing_column_is_named():
 # --- trying rewards out ---------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("column", ["images", "prompts", "self"])
+def test_a_column_of_a_name_that_is_taken_is_refused(column):
+    records = [{"prompt": "x", "prompt_id": "p-1", column: 1}]
+    with (
+        RewardRunner([RewardSpec("t_level")]) as runner,
+        pytest.raises(RewardError, match=f"p-1.*`{column}`.*rename"),
+    ):
+        runner.check_records(records)
+
+
 def test_trying_rewards_reports_problems_and_time():
     @reward(name="t_bad")
     def bad(images):
