@@ -84,6 +84,13 @@ def _row(text: str, where: str) -> Mapping[str, Any]:
         row = json.loads(text)
     except ValueError as error:
         raise DataError(f"{where}: not JSON ({error}).\n    Fix: one object a line.") from error
+    try:
+        json.dumps(row, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where}: half a surrogate pair ({error}), which no file can hold.\n    Fix: write "
+            "the whole character."
+        ) from error
     if not isinstance(row, dict):
         raise DataError(f"{where}: not an object.\n    Fix: one object a line.")
     return row

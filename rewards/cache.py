@@ -3,10 +3,11 @@
 import hashlib
 import inspect
 import json
+import logging
 import sqlite3
 import threading
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from PIL import Image
 from common.errors import RewardError
 from rewards.contract import RewardFunction, Score
 
+_LOG = logging.getLogger("atelier.rewards")
 MAX_ROWS = 200_000
 """Oldest scores are dropped beyond this many: about 200 MB."""
 
@@ -22,11 +24,13 @@ MAX_ROWS = 200_000
 class ScoreCache:
     """Scores by key, in a file or, without one, in memory. Safe to use from several threads.
 
-    Raises RewardError if the file is something else.
+    Raises RewardError if the file is something else. A file that fails later (locked, full) costs
+    a warning and the scores it would have held or spared.
     """
 
     def __init__(self, file: Path | None = None) -> None:
         self._lock = threading.Lock()
+        self._warned = False
         try:
             self._data = _opened(file)
         except (OSError, sqlite3.DatabaseError) as error:
@@ -36,14 +40,17 @@ class ScoreCache:
 
     def get(self, keys: Iterable[str]) -> dict[str, Score]:
         """Return the scores that are known, by key."""
-        found = {}
+        found: dict[str, Score] = {}
         with self._lock:
-            for key in set(keys):
-                row = self._data.execute(
-                    "SELECT value, reason, details FROM scores WHERE key = ?", (key,)
-                ).fetchone()
-                if row is not None:
-                    found[key] = Score(row[0], row[1], json.loads(row[2]))
+            try:
+                for key in set(keys):
+                    row = self._data.execute(
+                        "SELECT value, reason, details FROM scores WHERE key = ?", (key,)
+                    ).fetchone()
+                    if row is not None:
+                        found[key] = Score(row[0], row[1], json.loads(row[2]))
+            except (sqlite3.Error, ValueError, TypeError) as error:
+                self._warn(error)
         return found
 
     def put(self, scores: Mapping[str, Score]) -> None:
@@ -53,15 +60,27 @@ class ScoreCache:
             for key, score in scores.items()
             if score.value is not None
         ]
-        with self._lock, self._data:
+        with self._lock:
+            try:
+                self._insert(rows)
+            except sqlite3.Error as error:
+                self._warn(error)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._data.close()
+
+    def _insert(self, rows: list[tuple[Any, ...]]) -> None:
+        with self._data:
             self._data.executemany("INSERT OR REPLACE INTO scores VALUES (?, ?, ?, ?)", rows)
             self._data.execute(
                 "DELETE FROM scores WHERE rowid <= (SELECT max(rowid) FROM scores) - ?", (MAX_ROWS,)
             )
 
-    def close(self) -> None:
-        """Close the file."""
-        self._data.close()
+    def _warn(self, error: Exception) -> None:
+        if not self._warned:
+            _LOG.warning("the score cache failed (%s); what it lacks is scored anew", error)
+        self._warned = True
 
 
 def _opened(file: Path | None) -> sqlite3.Connection:
@@ -81,8 +100,7 @@ def _opened(file: Path | None) -> sqlite3.Connection:
 
 def reward_identity(function: RewardFunction) -> str:
     """Return a hash of a reward's name, arguments and source file, so that an edit is noticed."""
-    args = json.dumps(function.args, sort_keys=True, default=_content)
-    return _hash(function.name, args, source_code(function.function))
+    return _hash(function.name, _text(function.args), source_code(function.function))
 
 
 def source_code(function: Callable[..., Any]) -> bytes:
@@ -97,9 +115,37 @@ def image_digest(image: Image.Image) -> str:
     return _hash(image.mode, str(image.size), pixels.tobytes())
 
 
-def score_key(identity: str, digest: str, prompt: str, columns: Mapping[str, Any]) -> str:
-    """Return the key of one score; `columns` are the values that the reward gets to see."""
-    return _hash(identity, digest, prompt, json.dumps(columns, sort_keys=True, default=_content))
+def score_key(
+    identity: str,
+    digest: str,
+    prompt: str,
+    columns: Mapping[str, Any],
+    paths: Collection[str] = (),
+) -> str:
+    """Return the key of one score; `columns` are the values that the reward gets to see.
+
+    Of the columns named in `paths`, files count with what they hold.
+    """
+    files = {name: _file(value) for name, value in columns.items() if name in paths}
+    return _hash(identity, digest, prompt, _text(columns), _text(files))
+
+
+def _file(value: Any) -> str:
+    """Return a hash of what a file holds; "" for no path, a new text for an unreadable file."""
+    if not isinstance(value, str):
+        return ""
+    try:
+        return _hash(Path(value).read_bytes())
+    except (OSError, ValueError):
+        return uuid.uuid4().hex
+
+
+def _text(values: Mapping[str, Any]) -> str:
+    """Return the same text for the same values; a new one each time if they have no such text."""
+    try:
+        return json.dumps(values, sort_keys=True, default=_content)
+    except (TypeError, ValueError, RecursionError):  # keys that cannot be sorted; a loop
+        return uuid.uuid4().hex
 
 
 def _content(value: Any) -> str:

@@ -11,6 +11,8 @@ from common.errors import RewardError
 from common.registry import nearest
 
 _GIVEN = ("images", "prompts", "completions")
+_TAKEN = ("images", "prompts", "self")
+"""Names that a column cannot have: they would be given twice."""
 _OPTION = inspect.Parameter.KEYWORD_ONLY
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, _OPTION)
 
@@ -41,12 +43,14 @@ class Traits:
 
     `whole_batch`: scores depend on the other pictures of the call, so the batch is never split.
     `paths`: columns whose text it opens as files; a server refuses text there.
+    `cacheable`: scores of the same input stay the same, so they may be kept.
     """
 
     name: str
     check: RecordCheck | None = None
     whole_batch: bool = False
     paths: tuple[str, ...] = ()
+    cacheable: bool = True
 
 
 class RewardFunction:
@@ -68,6 +72,7 @@ class RewardFunction:
         self.name = traits.name
         self.whole_batch = traits.whole_batch
         self.paths = traits.paths
+        self.cacheable = traits.cacheable and not traits.whole_batch
         self.args = dict(args)
         self._check = traits.check
         parameters = inspect.signature(function).parameters
@@ -120,6 +125,13 @@ class RewardFunction:
 
     def check_record(self, record: Mapping[str, Any]) -> None:
         """Raise RewardError if the reward cannot score this prompt record; the message names it."""
+        for column in _TAKEN:
+            if column in record:
+                raise RewardError(
+                    f"prompt record `{record.get('prompt_id') or record.get('prompt')}`: a column "
+                    f"cannot be called `{column}`: rewards get something else under that name. "
+                    "Fix: rename it."
+                )
         missing = [name for name in self.required_columns if name not in record]
         if missing:
             name = record.get("prompt_id") or record.get("prompt")

@@ -147,7 +147,9 @@ async def _called(function: RewardFunction, call: Call) -> Any:
         images = [image.copy() for image in call.images]
         value = function(images, list(call.prompts), **columns)
         return value if inspect.isawaitable(value) else outcome_of(value, len(call.images))
-    except (Exception, SystemExit) as error:
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        raise
+    except BaseException as error:  # a panic of a Rust library is no Exception
         return told(error)
 
 
@@ -156,7 +158,9 @@ async def _awaited(awaitable: Any, length: int, timeout_s: float) -> Outcome:
     try:
         async with limit:
             return outcome_of(await awaitable, length)
-    except (Exception, SystemExit) as error:
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        raise
+    except BaseException as error:
         # A TimeoutError of the reward's own (a server that did not answer) keeps its message.
         return too_late(timeout_s) if limit.expired() else told(error)
 

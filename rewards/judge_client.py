@@ -8,6 +8,7 @@ import base64
 import hashlib
 import io
 import json
+import logging
 import os
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,8 @@ from common.errors import RewardError
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
+
+_LOG = logging.getLogger("atelier.rewards")
 
 
 @dataclass
@@ -75,6 +78,7 @@ class Judge:
                 "integer of 1 or more."
             )
         self._free = asyncio.Semaphore(self.concurrency)
+        self._warned = False
 
     async def ask(
         self,
@@ -113,9 +117,9 @@ class Judge:
         parse: "Parse | None",
     ) -> dict[str, Any]:
         path = self._cache_path(text, pictures)
-        if path is not None and path.is_file():
+        cached = _kept_answer(path) if path is not None else None
+        if cached is not None:
             self.cost.from_cache += 1
-            cached: dict[str, Any] = json.loads(path.read_text("utf-8"))
             return cached
         content = [{"type": "text", "text": text}] + [
             {"type": "image_url", "image_url": {"url": picture}} for picture in pictures
@@ -126,7 +130,7 @@ class Judge:
             answer = (parse or parse_object)(said)
             if answer is not None:
                 if path is not None:
-                    write_text(path, json.dumps(answer))
+                    self._keep(path, answer)
                 return answer
         wanted = "no JSON object" if parse is None else "not of the form asked for"
         raise JudgeFailure(f"the judge's answer is {wanted}: {said[:200]!r}")
@@ -145,16 +149,26 @@ class Judge:
                 max_tokens=self.max_tokens,
                 **({"response_format": {"type": "json_object"}} if wants_json else {}),
             )
-        except OpenAIError as error:
+        except (OpenAIError, ValueError) as error:  # the client does not catch a body of no JSON
             raise JudgeFailure(f"the judge did not answer: {error}") from error
-        if reply.usage is not None:
-            used = (reply.usage.prompt_tokens, reply.usage.completion_tokens)
-            self.cost.input_tokens += used[0]
-            self.cost.output_tokens += used[1]
-            self.cost.usd += sum(
-                n * price / 1e6 for n, price in zip(used, self.usd_per_million, strict=True)
-            )
-        return (reply.choices[0].message.content or "") if reply.choices else ""
+        try:
+            said, used = _read(reply)
+        except (AttributeError, TypeError) as error:
+            raise JudgeFailure(f"no answer of a judge: {str(reply)[:200]!r}") from error
+        self.cost.input_tokens += used[0]
+        self.cost.output_tokens += used[1]
+        self.cost.usd += sum(
+            n * price / 1e6 for n, price in zip(used, self.usd_per_million, strict=True)
+        )
+        return said
+
+    def _keep(self, path: Path, answer: dict[str, Any]) -> None:
+        try:
+            write_text(path, json.dumps(answer))
+        except OSError as error:  # the answer is paid for, and counts
+            if not self._warned:
+                _LOG.warning("answers of the judge at %s cannot be kept: %s", self.base_url, error)
+            self._warned = True
 
     def _key(self) -> str:
         if self.api_key_env is None:
@@ -196,7 +210,31 @@ def parse_object(text: str) -> dict[str, Any] | None:
         return None
     try:
         value = json.loads(text[start : end + 1])
-    except ValueError:
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _read(reply: Any) -> tuple[str, tuple[int, int]]:
+    """Return the text of a reply, "" for none, and its tokens (input, output), 0 if not told.
+
+    The client does not check what came: a page of HTML is a text, and anything may be None. Raises
+    AttributeError or TypeError for what is no reply.
+    """
+    usage, choices = reply.usage, reply.choices
+    used = (int(usage.prompt_tokens or 0), int(usage.completion_tokens or 0)) if usage else (0, 0)
+    message = choices[0].message if choices else None
+    said = (message.content or "") if message else ""
+    if not isinstance(said, str):
+        raise TypeError(f"the content is a {type(said).__name__}")
+    return said, used
+
+
+def _kept_answer(path: Path) -> dict[str, Any] | None:
+    """Return the answer in a file; None, so that it is asked for again, if there is none in it."""
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
         return None
     return value if isinstance(value, dict) else None
 

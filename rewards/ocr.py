@@ -31,15 +31,17 @@ _LINE_WIDTH = 144
 """Recogniser's input in pixels. Longer lines widen it; RapidOCR's own 320 is slow for a word."""
 _MOST_ORDERED = 4
 """Quoted strings that may stand in any order: 4 can in 24, 5 could in 120."""
+_MOST_PIXELS = 2**24
+"""Of an enlarged picture, 48 MiB: one of 16384 x 1 pixels would take gigabytes."""
 _ENGINE_LOCK = threading.Lock()
 
 
 def check_prompt(record: Mapping[str, Any]) -> None:
-    """Raise RewardError, naming the record, if its prompt has no quoted text to look for."""
-    if not any(part.strip() for part in quoted_strings(str(record.get("prompt", "")))):
+    """Raise RewardError, naming the record, if it is unclear which text its prompt quotes."""
+    if problem := _unclear(str(record.get("prompt", ""))):
         name = record.get("prompt_id") or record.get("prompt")
         raise RewardError(
-            f"prompt record `{name}`: the prompt quotes no text, so OCR has nothing to look for. "
+            f"prompt record `{name}`: the prompt {problem}, so OCR cannot know what to look for. "
             'Fix: put it in quotation marks, as in: a sign that says "CAB".'
         )
 
@@ -57,7 +59,8 @@ def ocr(
     min_confidence: float = 0.5,
     threads: int = 1,
 ) -> list[Score]:
-    """Return the published score in [0, 1] for each picture; None for a prompt without quotes.
+    """Return the published score in [0, 1] for each picture; None for a prompt without quotes or
+    with an odd number of ", and for a picture too long and thin to be enlarged.
 
     With several quoted strings the score is their mean, weighted by length, each taking the better
     of the whole text and its best single line.
@@ -74,16 +77,23 @@ def ocr(
     (text, score, and box [left, top, right, bottom] in pixels where it was looked for), size.
     """
     arrays = [_enlarged(image, min_side) for image in images]
+    usable = [array for array in arrays if array is not None]
     if box is None:
-        lines = [_read_page(array, min_confidence, threads) for array in arrays]
+        lines = iter([_read_page(array, min_confidence, threads) for array in usable])
     else:
-        lines = _read_lines([_crop(array, box) for array in arrays], min_confidence, threads)
+        crops = [_crop(array, box) for array in usable]
+        lines = iter(_read_lines(crops, min_confidence, threads))
     scores = []
-    for image, array, prompt, found in zip(images, arrays, prompts, lines, strict=True):
-        expected = [part for part in quoted_strings(prompt) if part.strip()]
-        if not expected:
-            scores.append(Score(None, f"the prompt `{prompt}` quotes no text"))
+    for image, array, prompt in zip(images, arrays, prompts, strict=True):
+        if array is None:
+            size = f"{image.width} x {image.height}"
+            scores.append(Score(None, f"a picture of {size} pixels is too thin to be read"))
             continue
+        found = next(lines)
+        if problem := _unclear(prompt):
+            scores.append(Score(None, f"the prompt `{prompt}` {problem}"))
+            continue
+        expected = [part for part in quoted_strings(prompt) if part.strip()]
         texts = [normalise(line["text"], ignore_case, ignore_spaces) for line in found]
         wanted = [normalise(part, ignore_case, ignore_spaces) for part in expected]
         value = text_score(texts, wanted, contains)
@@ -103,6 +113,14 @@ def ocr(
 def quoted_strings(prompt: str) -> list[str]:
     """Return what stands between quotation marks ("", “”, 「」, 『』), in order."""
     return ["".join(groups) for groups in _QUOTED.findall(prompt)]
+
+
+def _unclear(prompt: str) -> str:
+    """Return why it is unclear which text a prompt quotes; "" if it is clear."""
+    marks = prompt.count('"')
+    if marks > 1 and marks % 2:  # a 12" pizza: what stands between two of them may not be a quote
+        return 'has an odd number of "'
+    return "" if any(map(str.strip, quoted_strings(prompt))) else "quotes no text"
 
 
 def normalise(text: str, ignore_case: bool = True, ignore_spaces: bool = True) -> str:
@@ -163,8 +181,11 @@ def _engine(threads: int) -> "RapidOCR":
     )
 
 
-def _enlarged(image: Image.Image, min_side: int) -> np.ndarray:
-    """Return the picture as BGR uint8 [H, W, 3], its shorter side at least `min_side`."""
+def _enlarged(image: Image.Image, min_side: int) -> np.ndarray | None:
+    """Return the picture as BGR uint8 [H, W, 3], its shorter side at least `min_side`.
+
+    None if it is so long and thin that it would be enlarged to more than `_MOST_PIXELS`.
+    """
     import cv2
 
     array = np.ascontiguousarray(np.asarray(image.convert("RGB"))[:, :, ::-1])
@@ -172,6 +193,8 @@ def _enlarged(image: Image.Image, min_side: int) -> np.ndarray:
     if scale <= 1:
         return array
     size = (round(array.shape[1] * scale), round(array.shape[0] * scale))
+    if size[0] * size[1] > _MOST_PIXELS:
+        return None
     return np.asarray(cv2.resize(array, size, interpolation=cv2.INTER_CUBIC))
 
 

@@ -77,10 +77,10 @@ def outcome_of(value: Any, length: int) -> Outcome:
 def told(error: BaseException) -> str:
     """Return what went wrong and, for an error in the reward itself, in which line."""
     if isinstance(error, RewardError):
-        return str(error)
+        return _writable(str(error))
     if isinstance(error, SystemExit):
         return f"it called sys.exit({error.code})"
-    text = f"{type(error).__name__}: {error}"
+    text = _writable(f"{type(error).__name__}: {error}")
     frames = traceback.extract_tb(error.__traceback__)
     return f"{text} ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else text
 
@@ -94,7 +94,7 @@ def _one_score(item: Any) -> Score:
     """Return a valid Score, its value None for whatever is not a finite number."""
     score = item if isinstance(item, Score) else Score(item)
     value: Any = score.value
-    reason = str(score.reason or "")
+    reason = _writable(str(score.reason or ""))
     try:
         details = _as_json(score.details)
     except (TypeError, ValueError, RecursionError) as error:
@@ -113,13 +113,22 @@ def _one_score(item: Any) -> Score:
 
 
 def _as_json(details: Any) -> dict[str, Any]:
-    """Return details as they are when read back from JSON, so that they can go anywhere."""
+    """Return details as they are when read back from JSON, so that they can go anywhere.
+
+    JSON has no infinity and no NaN: they become None.
+    """
     if not isinstance(details, Mapping):
         raise TypeError(f"they are a {type(details).__name__}")
     if not details:
         return {}
-    plain: dict[str, Any] = json.loads(json.dumps(dict(details), default=_plain))
+    text = _writable(json.dumps(dict(details), default=_plain, ensure_ascii=False))
+    plain: dict[str, Any] = json.loads(text, parse_constant=lambda name: None)
     return plain
+
+
+def _writable(text: str) -> str:
+    """Return text that can be written as UTF-8: half a surrogate pair becomes a question mark."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _plain(value: Any) -> Any:

@@ -54,6 +54,7 @@ def reward(
     check: RecordCheck | None = None,
     whole_batch: bool = False,
     paths: tuple[str, ...] = (),
+    cacheable: bool = True,
 ) -> Callable[[_Function], _Function]:
     """Register a function as the reward `name`; the function itself is returned unchanged.
 
@@ -63,11 +64,12 @@ def reward(
     before a run starts. Set `whole_batch` if the score of a picture depends on the others of the
     call (a diversity reward): it then gets all pictures at once and is never called again singly.
     Name under `paths` the columns whose text it opens as files: a server refuses text there, so
-    that nobody reads the server's files.
+    that nobody reads the server's files, and a score cache notices a file that was replaced. Say
+    `cacheable=False` if scores depend on what cannot be seen here (the reward behind a server).
     """
 
     def decorate(function: _Function) -> _Function:
-        setattr(function, _TRAITS, Traits(name, check, whole_batch, paths))
+        setattr(function, _TRAITS, Traits(name, check, whole_batch, paths, cacheable))
         place = f"{function.__module__}:{function.__qualname__}"
         slot = _SLOTS.get(name)
         if _BUILT_IN.get(name) == place or place.startswith(_FILE_MODULE):

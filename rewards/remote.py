@@ -11,10 +11,11 @@ import io
 import ssl
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import httpx
 import msgpack
@@ -30,20 +31,26 @@ _PAUSES = (0.0, 0.5, 2.0)
 _REST_SECONDS = 10.0
 """A server that did not answer is asked last for this long."""
 _CONNECT_SECONDS = 5.0
+_AT_ONCE = 2
+"""Requests to a server under way: one is scored while the next one travels."""
 PICTURE_TYPE = 1
 """Number of msgpack's extension type for a picture among the columns."""
 
 
 @dataclass
 class _Server:
-    """What this process knows about a server."""
+    """What an event loop knows about a server; `busy` counts waiting calls too."""
 
     url: str
     busy: int = 0
     rests_until: float = 0.0
+    free: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_AT_ONCE))
 
 
-@reward(name="remote")
+_SERVERS: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, _Server]] = WeakKeyDictionary()
+
+
+@reward(name="remote", cacheable=False)
 async def remote(
     images: Sequence[Image.Image],
     prompts: Sequence[str],
@@ -57,10 +64,12 @@ async def remote(
     """Return what a server says about the pictures; they travel as PNG, with all columns.
 
     `servers` are addresses such as http://127.0.0.1:8765, all with the same reward. Each call goes
-    to the one with the fewest calls under way; batches of one run so spread over all. One that
-    cannot be reached, is busy or takes longer than `server_timeout_s` is passed over, three rounds
-    in all. `token_file` holds the bearer token. `pictures` names columns that hold paths of
-    pictures (the `source` of an edit): the pictures are sent instead, since servers open no paths.
+    to the one with the fewest calls under way; batches of one run so spread over all, and at most
+    two at a time are sent to each. One that cannot be reached or takes longer than
+    `server_timeout_s` is passed over, three rounds in all; so is a busy one (503), but the last one
+    of a round is asked again at the pace it wants (Retry-After) for up to `server_timeout_s`.
+    `token_file` holds the bearer token. `pictures` names columns that hold paths of pictures (the
+    `source` of an edit): the pictures are sent instead, since servers open no paths.
     Raises RewardError if no server answers or one refuses the request.
     """
     body = await asyncio.to_thread(_packed, images, prompts, columns, pictures)
@@ -73,7 +82,7 @@ async def remote(
     async with httpx.AsyncClient(
         verify=_tls(), trust_env=False, headers=headers, timeout=timeout
     ) as client:
-        return _scores(await _ask(client, pool, body))
+        return _scores(await _ask(client, pool, body, server_timeout_s))
 
 
 def read_token(file: Path) -> str:
@@ -87,7 +96,9 @@ def read_token(file: Path) -> str:
     return token
 
 
-async def _ask(client: httpx.AsyncClient, pool: Sequence[_Server], body: bytes) -> Any:
+async def _ask(
+    client: httpx.AsyncClient, pool: Sequence[_Server], body: bytes, busy_seconds: float
+) -> Any:
     """Return the first answer of a server; RewardError if there is none."""
     problem = "`servers` is empty"
     for pause in _PAUSES if pool else ():
@@ -98,8 +109,14 @@ async def _ask(client: httpx.AsyncClient, pool: Sequence[_Server], body: bytes) 
             server = min(untried, key=lambda one: (one.rests_until > now, one.busy))
             untried.remove(server)
             server.busy += 1
+            rested_until = server.rests_until
             try:
-                answer = await client.post(f"{server.url}/score", content=body)
+                async with server.free:
+                    if untried and server.rests_until > rested_until:  # it failed meanwhile
+                        untried.append(server)
+                        continue
+                    patience = 0.0 if untried else busy_seconds
+                    answer = await _post(client, f"{server.url}/score", body, patience)
             except (httpx.HTTPError, httpx.InvalidURL) as error:
                 server.rests_until = time.monotonic() + _REST_SECONDS
                 problem = f"{server.url}: {type(error).__name__} {error}".rstrip()
@@ -112,6 +129,25 @@ async def _ask(client: httpx.AsyncClient, pool: Sequence[_Server], body: bytes) 
             if answer.status_code < 500:
                 raise RewardError(problem)
     raise RewardError(f"no server gave scores; the last problem: {problem}")
+
+
+async def _post(
+    client: httpx.AsyncClient, url: str, body: bytes, busy_seconds: float
+) -> httpx.Response:
+    """Return a server's answer; while it is busy, it is asked again for up to `busy_seconds`."""
+    end = time.monotonic() + busy_seconds
+    while True:
+        answer = await client.post(url, content=body)
+        wait = _retry_after(answer)
+        if answer.status_code != 503 or time.monotonic() + wait > end:
+            return answer
+        await asyncio.sleep(wait)
+
+
+def _retry_after(answer: httpx.Response) -> float:
+    """Return the seconds that a busy server asks for; 1 unless it names a number of them."""
+    seconds = answer.headers.get("retry-after", "")
+    return max(0.1, float(seconds)) if seconds.isdecimal() else 1.0
 
 
 def _scores(answer: httpx.Response) -> list[Score]:
@@ -157,9 +193,10 @@ def _png(image: Image.Image) -> bytes:
     return stream.getvalue()
 
 
-@cache
 def _server(url: str) -> _Server:
-    return _Server(url)
+    """Return the running event loop's record of a server: a semaphore belongs to one loop."""
+    servers = _SERVERS.setdefault(asyncio.get_running_loop(), {})
+    return servers.setdefault(url, _Server(url))
 
 
 @cache

@@ -242,7 +242,7 @@ class RewardRunner:
         started = time.perf_counter()
         scores = {place: Score(None, problem) for place, problem in batch.unusable.items()}
         places = [place for place in range(len(batch.images)) if place not in scores]
-        if self._cache is None or part.function.whole_batch:
+        if self._cache is None or not part.function.cacheable:
             scores |= self._judge(part, batch, places)
         else:
             scores |= self._judge_new(self._cache, part, batch, places)
@@ -260,6 +260,7 @@ class RewardRunner:
                 batch.digests[i],
                 batch.prompts[i],
                 {name: batch.columns[name][i] for name in seen},
+                part.function.paths,
             )
             for i in places
         }

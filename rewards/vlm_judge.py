@@ -1,7 +1,6 @@
 """A vision-language model as the judge, behind any OpenAI-compatible endpoint."""
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -98,8 +97,10 @@ def _score(answer: dict[str, Any] | JudgeFailure, max_score: float, cost: dict[s
         return Score(None, str(answer), {"cost": cost})
     details = {"answer": answer, "cost": cost}
     value = answer.get("score")
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
         return Score(None, f"the judge gave no number as score: {value!r}", details)
     if not 0 <= value <= max_score:
-        return Score(None, f"the judge's score {value:g} is not in 0 to {max_score:g}", details)
+        return Score(
+            None, f"the judge's score {str(value)[:20]} is not in 0 to {max_score:g}", details
+        )
     return Score(value / max_score, str(answer.get("reason", "")), details)

@@ -178,5 +178,5 @@ def _answer(function: RewardFunction, call: Call, loop: asyncio.AbstractEventLoo
         if inspect.isawaitable(value):
             value = loop.run_until_complete(awaited(value))
         return outcome_of(value, len(call.images))
-    except (Exception, SystemExit) as error:
+    except BaseException as error:  # as in a thread; Ctrl-C does not reach this process
         return told(error)

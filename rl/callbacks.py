@@ -105,7 +105,7 @@ class JournalCallback(TrainerCallback):
                 float(details[key])
                 for scored in self.trainer.all_scores
                 for details in scored.details.values()
-                if isinstance(details, dict) and details.get(key) is not None
+                if isinstance(details, dict) and _is_number(details.get(key))
             ]
             if values:
                 means[name] = sum(values) / len(values)
@@ -183,6 +183,11 @@ class InterruptCallback(TrainerCallback):
         """Put the handlers of before in place again."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a detail counts: a reward of the user's own may keep anything under the same name."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _rounded(value: float | None) -> str | None:

@@ -14,6 +14,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.say = lambda number: (200, '{"score": 7, "reason": "nearly"}')
+        self.whole = lambda number: None  # or (content type, body) of the reply
         self.requests = []
         self.keys = []
         self.under_way = self.most_under_way = 0
@@ -48,9 +49,10 @@ class Handler(BaseHTTPRequestHandler):
             }  # fmt: skip
         else:
             reply = {"error": {"message": text}}
-        data = json.dumps(reply).encode()
+        whole = self.server.whole(number)
+        kind, data = whole or ("application/json", json.dumps(reply).encode())
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(data)))
         if status == 429:
             self.send_header("retry-after-ms", "5")

@@ -126,6 +126,25 @@ def test_a_prompt_without_text_to_look_for_is_refused_and_scores_none(prompt):
     assert "quotes no text" in score.reason
 
 
+def test_an_odd_number_of_quotation_marks_is_refused_and_scores_none():
+    prompt = 'a 12" pizza under a sign that says "OPEN"'
+    with pytest.raises(RewardError, match=r"p-3.*odd number.*Fix"):
+        load_reward("ocr").check_record({"prompt": prompt, "prompt_id": "p-3"})
+    [score] = ocr([sign("A", 48)], [prompt], box=MIDDLE)
+    assert score.value is None
+    assert "odd number" in score.reason
+    load_reward("ocr").check_record({"prompt": 'a 12" pizza that says “OPEN”'})
+
+
+@pytest.mark.parametrize("box", [None, MIDDLE])
+def test_a_picture_too_thin_to_be_enlarged_scores_none(box):
+    images = [Image.new("RGB", (16384, 1)), sign("A", 96)]
+    thin, read = ocr(images, ['says "A"'] * 2, box=box)
+    assert thin.value is None
+    assert "16384 x 1" in thin.reason
+    assert read.value is not None
+
+
 def test_a_box_outside_the_picture_is_refused():
     for box in ([0, 0, 48, 16], [0.5, 0, 0.5, 1], [0.6, 0, 0.2, 1]):
         with pytest.raises(RewardError, match="fractions"):

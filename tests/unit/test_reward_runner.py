@@ -104,6 +104,22 @@ def test_details_are_what_json_can_hold():
     assert details == {"1": [2, 3], "array": [0, 1], "object": str(grey), "deep": {"null": 0.5}}
 
 
+def test_reasons_and_details_can_be_written_whatever_they_hold():
+    @reward(name="t_unwritable")
+    def unwritable(images):
+        odd = {"cut \ud83d": ["cut \ud83d", math.nan, -math.inf, np.float64("inf"), "é"]}
+        return [Score(1.0, "cut \ud83d", odd) for _ in images]
+
+    @reward(name="t_unwritable_error")
+    def unwritable_error(images):
+        raise ValueError("cut \ud83d")
+
+    [scored] = run(*map(RewardSpec, ("t_unwritable", "t_unwritable_error")), images=PICTURES[:1])
+    assert scored.reasons["t_unwritable"] == "cut ?"
+    assert scored.details["t_unwritable"] == {"cut ?": ["cut ?", None, None, None, "é"]}
+    assert "cut ?" in scored.reasons["t_unwritable_error"]
+
+
 @pytest.mark.parametrize("details", [[1, 2], [], "text", {(1, 2): 3}])
 def test_details_that_are_no_json_object_cost_only_their_own_score(details):
     @reward(name="t_no_details")
@@ -190,7 +206,14 @@ def test_a_wrong_return_value_or_length_is_none_for_all(returned):
     assert all("returned" in s.reasons["t_wrong"] for s in scored)
 
 
-@pytest.mark.parametrize("error", [ZeroDivisionError("oops"), SystemExit(3), StopIteration()])
+class Panic(BaseException):
+    """As raised by libraries written in Rust."""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ZeroDivisionError("oops"), SystemExit(3), StopIteration(), Panic("oops"), GeneratorExit()],
+)
 def test_a_picture_that_raises_costs_only_its_own_score(error):
     calls = []
 
@@ -206,6 +229,18 @@ def test_a_picture_that_raises_costs_only_its_own_score(error):
     assert parts(scored, "t_level") == [0, 1, 2, 3, 4, 5]
     # Two batches of three, then the pictures of the failed one singly, each once.
     assert calls == [3, 3, 1, 1, 1]
+
+
+@pytest.mark.parametrize("error", [Panic("oops"), GeneratorExit("oops")])
+def test_what_a_coroutine_raises_costs_only_its_own_scores(error):
+    @reward(name="t_awaited_panic")
+    async def awaited_panic(images):
+        raise error
+
+    scored = run(RewardSpec("t_awaited_panic"), RewardSpec("t_level"))
+    assert parts(scored, "t_awaited_panic") == [None] * 6
+    assert parts(scored, "t_level") == [0, 1, 2, 3, 4, 5]
+    assert "oops" in scored[0].reasons["t_awaited_panic"]
 
 
 def test_the_reason_names_error_and_line():
@@ -337,6 +372,16 @@ def test_a_missing_column_is_named():
 
 
 # --- trying rewards out ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("column", ["images", "prompts", "self"])
+def test_a_column_of_a_name_that_is_taken_is_refused(column):
+    records = [{"prompt": "x", "prompt_id": "p-1", column: 1}]
+    with (
+        RewardRunner([RewardSpec("t_level")]) as runner,
+        pytest.raises(RewardError, match=f"p-1.*`{column}`.*rename"),
+    ):
+        runner.check_records(records)
 
 
 def test_trying_rewards_reports_problems_and_time():

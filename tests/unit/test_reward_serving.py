@@ -299,6 +299,28 @@ def test_batches_spread_over_the_servers_and_a_dead_one_is_passed_over(serve):
     assert min(seen.values()) >= 2
 
 
+@pytest.mark.parametrize("held", [1, 2])
+def test_under_load_no_score_is_lost(serve, monkeypatch, held):
+    # 4.2 s of scoring, more than the pauses between rounds; a server that holds 1 answers 503.
+    monkeypatch.setattr("rewards.serving._WAITING_REQUESTS", held)
+
+    @reward(name="s_slow")
+    def slow(images):
+        time.sleep(0.15)
+        return [1.0] * len(images)
+
+    scored = remote_scores(28, batch_size=1, servers=[serve("s_slow")])
+    assert [s.parts["remote"] for s in scored] == [1.0] * 28
+
+
+def test_a_server_that_stays_busy_is_given_up(serve, monkeypatch):
+    monkeypatch.setattr("rewards.serving._WAITING_REQUESTS", 0)
+    started = time.monotonic()
+    [one] = remote_scores(1, servers=[serve("s_red")], server_timeout_s=0.5)
+    assert time.monotonic() - started < 10
+    assert "503" in one.reasons["remote"]
+
+
 def test_without_a_server_there_is_a_reason(serve):
     address = free_address()
     started = time.monotonic()

@@ -5,13 +5,15 @@ import math
 import multiprocessing
 import os
 import signal
+import sqlite3
 import time
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from common.errors import RewardError
-from rewards import Score, reward
+from rewards import Score, load_reward, reward
 from rewards.cache import ScoreCache
 from rewards.runner import RewardRunner, RewardSpec
 
@@ -348,3 +350,59 @@ def test_a_cache_that_is_something_else_is_refused(tmp_path):
         ScoreCache(tmp_path)
     with pytest.raises(RewardError, match="is not a score cache"):
         ScoreCache(file / "below.sqlite")
+
+
+def test_a_cache_that_is_locked_costs_a_warning_and_no_score(counting, tmp_path, caplog):
+    cache = ScoreCache(tmp_path / "cache.sqlite")
+    cache._data.execute("PRAGMA busy_timeout = 10")
+    other = sqlite3.connect(tmp_path / "cache.sqlite")
+    other.execute("BEGIN EXCLUSIVE")
+    with RewardRunner([RewardSpec("w_count")], cache=cache) as runner:
+        for _ in range(2):
+            assert runner.score(pictures(2), ["a", "b"])[1].total is not None
+        assert [record.message for record in caplog.records if "locked" in record.message] == [
+            "the score cache failed (database is locked); what it lacks is scored anew"
+        ]
+        other.close()
+        runner.score(pictures(2), ["a", "b"])
+        before = len(counting)
+        runner.score(pictures(2), ["a", "b"])
+        assert len(counting) == before
+    cache.close()
+
+
+def test_columns_that_cannot_be_sorted_are_scored_anew(counting):
+    with RewardRunner([RewardSpec("w_count")], cache=ScoreCache()) as runner:
+        columns = {"tag": [{1: "a", "b": "c"}, {(1, 2): 3}]}
+        for _ in range(2):
+            scored = runner.score(pictures(2), ["a", "b"], columns)
+            assert [one.total is not None for one in scored] == [True, True]
+
+
+def test_a_replaced_file_is_scored_again(tmp_path):
+    source = tmp_path / "source.txt"
+
+    @reward(name="w_file", paths=("source",))
+    def file_length(images, source):
+        return [len(Path(path).read_bytes()) for path in source]
+
+    with RewardRunner([RewardSpec("w_file")], cache=ScoreCache()) as runner:
+        for length in (3, 5):
+            source.write_bytes(bytes(length))
+            scored = runner.score(pictures(1), [""], {"source": [str(source)]})
+            assert parts(scored, "w_file") == [length]
+
+
+def test_scores_that_depend_on_what_is_elsewhere_are_not_kept():
+    calls = []
+
+    @reward(name="w_elsewhere", cacheable=False)
+    def elsewhere(images):
+        calls.append(len(images))
+        return [1.0] * len(images)
+
+    with RewardRunner([RewardSpec("w_elsewhere")], cache=ScoreCache()) as runner:
+        for _ in range(2):
+            runner.score(pictures(1), [""])
+    assert calls == [1, 1]
+    assert not load_reward("remote", servers=[]).cacheable

@@ -5,6 +5,7 @@ import logging
 import signal
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,8 @@ from evals.suites import load_suite
 from policy.quiet import quiet_libraries
 from recipes import load_recipe
 from recipes.locate import located
-from rl.callbacks import InterruptCallback
+from rewards.runner import Scored
+from rl.callbacks import InterruptCallback, JournalCallback
 from rl.rollouts import Sampler
 from rl.run import _held_out, _sync, check_processes, resume, trainer_config
 from rl.trl_release import GRPOConfig
@@ -344,3 +346,15 @@ def test_a_step_is_divided_among_processes(tmp_path, monkeypatch):
         assert config.per_device_train_batch_size * pieces == 36
         assert config.gradient_accumulation_steps == pieces
         assert config.generation_batch_size == 144
+
+
+def test_details_of_other_kinds_are_left_out_of_the_means():
+    callback = JournalCallback(None, SilentProgress(), [])
+    details = [
+        {"mine": {"extra": "two cats too many", "strict": True, "soft": [0.5]}},
+        {"mine": {"extra": None}, "geneval": {"extra": 2, "strict": 1.0}},
+        {"geneval": {"extra": 1, "strict": 0.0}},
+    ]
+    scores = [Scored(1.0, {}, details=of_one) for of_one in details]
+    callback.trainer = SimpleNamespace(all_scores=scores)
+    assert callback._details() == {"strict": 0.5, "extra_objects": 1.5}

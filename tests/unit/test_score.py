@@ -118,6 +118,7 @@ def test_a_folder_with_prompts_in_text_files(folder):
         ('{"image": "x.png"}', "bad.jsonl:1: no prompt"),
         ("", "no pictures"),
         ("\xff", "UTF-8"),
+        ('{"image": "x", "prompt": "cut \\ud83d"}', "bad.jsonl:1: half a surrogate"),
     ],
 )
 def test_wrong_lists_are_explained(folder, text, word):

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import io
+import json
 import re
 import time
 
@@ -76,6 +77,8 @@ def test_passing_failures_are_repeated(server):
         (lambda number: (200, '{"score": "high"}'), 1, "no number.*high"),
         (lambda number: (200, '{"score": 11}'), 1, "11 is not in 0 to 10"),
         (lambda number: (200, '{"score": NaN}'), 1, "no number"),
+        (lambda number: (200, f'{{"score": 1{"0" * 400}}}'), 1, "10000.* is not in 0 to 10"),
+        (lambda number: (200, '{"a": ' * 200_000 + "}"), 2, "no JSON object"),
         (lambda number: (200, '{"rating": 3}'), 1, "no number.*None"),
     ],
 )
@@ -98,6 +101,52 @@ def test_one_failure_spoils_no_other_picture(server):
         server.say = lambda number: (200, "no") if number == 3 else (200, '{"score": 5}')
         scored = runner.score([picture(3), picture(4)], ["c", "d"])
         assert sorted(s.total is None for s in scored) == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("kind", "body", "words"),
+    [
+        ("text/html", "<html>Bad gateway</html>", "no answer of a judge: '<html>Bad"),
+        ("application/json", "<html>Bad gateway</html>", "did not answer"),
+        ("application/json", "{}", "no JSON object"),
+        ("application/json", '{"choices": [{"message": null}]}', "no JSON object"),
+        ("application/json", '{"choices": [{"message": "x"}]}', "no answer of a judge"),
+        ("application/json", '{"choices": [{"message": {"content": 3}}]}', "no answer of a judge"),
+    ],
+)
+def test_a_reply_of_another_form_costs_only_its_own_picture(server, kind, body, words):
+    server.whole = lambda number: (kind, body.encode()) if number == 2 else None
+    scores = judged(server, 3, retries=0, concurrency=1)
+    assert [score.value is None for score in scores] == [False, True, False]
+    assert re.search(words, scores[1].reason), scores[1].reason
+
+
+def test_tokens_that_are_not_told_are_not_counted(server):
+    message = {"content": '{"score": 5}', "role": "assistant"}
+    usage = {"prompt_tokens": None, "completion_tokens": None}
+    reply = json.dumps({"choices": [{"message": message}], "usage": usage})
+    server.whole = lambda number: ("application/json", reply.encode())
+    [score] = judged(server)
+    assert score.value == 0.5
+    assert score.details["cost"]["input_tokens"] == 0
+
+
+def test_a_cache_that_cannot_be_written_costs_no_answer(server, tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    scores = judged(server, 2, cache=str(tmp_path / "file"))
+    assert [score.value for score in scores] == [pytest.approx(0.7)] * 2
+    assert len([r for r in caplog.records if "cannot be kept" in r.message]) == 1
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff"])
+def test_a_broken_cached_answer_is_asked_for_again(server, tmp_path, content):
+    judged(server, cache=str(tmp_path))
+    [file] = tmp_path.glob("*/*.json")
+    file.write_bytes(content)
+    [score] = judged(server, cache=str(tmp_path))
+    assert score.value == pytest.approx(0.7)
+    assert len(server.requests) == 2
+    assert json.loads(file.read_text()) == {"score": 7, "reason": "nearly"}
 
 
 def test_answers_are_cached(server, tmp_path):
