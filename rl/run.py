@@ -267,15 +267,15 @@ def build_rewards(recipe: GrpoRecipe) -> RewardRunner:
 def check_parts(recipe: GrpoRecipe, rewards: RewardRunner) -> None:
     """Raise RunError if a reward would have to judge a step in parts and cannot."""
     in_parts = {
-        "rollout.waves": (recipe.rollout.waves, 1),
-        "decode.check.every": (recipe.decode.check.every, 0),
-        "the number of training processes": (process_count(), 1),
+        "rollout.waves": (recipe.rollout.waves, 1, "set rollout.waves to 1"),
+        "decode.check.every": (recipe.decode.check.every, 0, "set decode.check.every to 0"),
+        "the number of training processes": (process_count(), 1, "start one process"),
     }
-    for key, (value, off) in in_parts.items():
+    for what, (value, off, fix) in in_parts.items():
         if value != off and rewards.whole_batch:
             raise RunError(
-                f"{key} is {value}, and the reward `{rewards.whole_batch[0]}` compares the "
-                f"pictures of a whole step.\n    Fix: {key} has to be {off}."
+                f"{what} is {value}, and the reward `{rewards.whole_batch[0]}` compares the "
+                f"pictures of a whole step.\n    Fix: {fix}."
             )
 
 
