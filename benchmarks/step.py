@@ -116,6 +116,7 @@ def measure(turns: int, prompts: int, group: int) -> dict[str, Any]:
             f"rollout.prompts_per_step={prompts}",
             f"rollout.group_size={group}",
             "policy.device=cpu",
+            "algorithm.beta=0",  # the published way is spared its reference policy as well
         ],
     ).recipe
     cheap = Decode(recipe.decode.train.steps, recipe.decode.train.guidance)
