@@ -1,17 +1,11 @@
 """Any reward over a prompt file of your own: preference models over DrawBench, PartiPrompts, ..."""
 
+from dataclasses import replace
 from pathlib import Path
 
-from PIL import Image
-
 from data.prompts import training_records
-from evals.suites.identity import source_hash
-from evals.suites.suite import Metric, Record, SampleScore, Suite
-from recipes.yaml_loader import parse_yaml
-from rewards.plugins import load_reward
-from rewards.runner import RewardRunner, RewardSpec
-
-TIMEOUT_S = 600.0
+from evals.suites.rewarded import reward_suite
+from evals.suites.suite import Suite
 
 
 def prompt_file(prompts: str, reward: str, **reward_args: str) -> Suite:
@@ -24,30 +18,19 @@ def prompt_file(prompts: str, reward: str, **reward_args: str) -> Suite:
     RewardError for a reward that cannot be loaded or cannot score a record.
     """
     file = Path(prompts)
-    records = tuple(
+    records = [
         {**record, "metadata": {"tag": file.stem, **record["metadata"]}}
         for record in training_records(str(file), "all")
+    ]
+    suite = reward_suite(
+        f"prompt-file/{file.stem}",
+        reward,
+        records,
+        reward,
+        reward_args,
+        "the prompt file is the user's own",
     )
-    args = {
-        key: parse_yaml(value.encode(), f"option {key}").value for key, value in reward_args.items()
-    }
-    runner = RewardRunner([RewardSpec(reward, args=args, timeout_s=TIMEOUT_S)])
-    runner.check_records(records)
-    [name] = runner.names
-
-    def score(image: Image.Image, record: Record) -> SampleScore:
-        columns = {key: [value] for key, value in record.items() if key != "prompt"}
-        [scored] = runner.score([image], [str(record["prompt"])], columns)
-        details = scored.details.get(name) or {}
-        return SampleScore({name: scored.total}, scored.reasons.get(name, ""), details)
-
-    return Suite(
-        name=f"prompt-file/{file.stem}",
-        title=f"{name} over {file.stem}",
-        version=1,
-        records=records,
-        score=score,
-        metrics={name: Metric(name, "amount")},
-        not_comparable="the prompt file is the user's own",
-        settings={"reward": source_hash(load_reward(reward, **args).function)},
-    )
+    [metric] = suite.metrics
+    # The other options are texts of the suite's own, which `load_suite` records.
+    settings = {"reward": suite.settings["reward_source"]}
+    return replace(suite, title=f"{metric} over {file.stem}", settings=settings)

@@ -68,7 +68,9 @@ def reward_suite(
 
 def typed(arguments: Mapping[str, str]) -> dict[str, Any]:
     """Return arguments typed on a command line with their values read as in a recipe."""
-    return {key: parse_yaml(text.encode(), key).value for key, text in arguments.items()}
+    return {
+        key: parse_yaml(text.encode(), f"option {key}").value for key, text in arguments.items()
+    }
 
 
 def recorded(arguments: Mapping[str, str], prefix: str) -> dict[str, str]:
