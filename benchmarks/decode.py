@@ -7,15 +7,16 @@ is that of diffusers' `SanaPipeline` for given condition rows, computed once (th
 computes them in each step: see `benchmarks.step`), and both decode with the same autoencoder.
 """
 
-import numpy as np
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
+from benchmarks.published import guided_loop
 from benchmarks.timing import Ratio, main, take_turns
+from data.scenes import scene_prompts
 from policy import Policy, base_path
+from policy.sampling import ImageTokenSampler, Sampling
 
-PICTURES, STEPS, GUIDANCE = 144, 6, 1.5
+PICTURES, GROUP, STEPS, GUIDANCE = 144, 12, 6, 1.5
 
 
 @torch.no_grad()
@@ -23,31 +24,27 @@ def pipeline_loop(policy: Policy, hidden: Tensor, noise: Tensor) -> Tensor:
     """Return pictures [B, 3, H, W] in [0, 1]."""
     null = policy.null_conditions().expand(len(hidden), -1, -1)
     conditions = torch.cat([null, policy.conditions(hidden)])
-    scheduler = FlowMatchEulerDiscreteScheduler.from_config(policy.scheduler_config)
-    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1.0 / STEPS, STEPS).tolist())
-    latents = noise
-    for timestep in scheduler.timesteps:
-        twice = torch.cat([latents, latents])
-        velocity = policy.diffusion(
-            twice,
-            encoder_hidden_states=conditions,
-            timestep=timestep.expand(len(twice)),
-            return_dict=False,
-        )[0]
-        without, given = velocity.chunk(2)
-        velocity = without + GUIDANCE * (given - without)
-        latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
-    pixels = policy.vae.decode(latents / policy.vae.config.scaling_factor).sample
-    return (pixels / 2 + 0.5).clamp(0, 1)
+    return guided_loop(policy, lambda: conditions, noise, STEPS, GUIDANCE)
+
+
+def sampled(policy: Policy) -> Tensor:
+    """Return the hidden states [PICTURES, 1 + N, H] of pictures that the policy draws."""
+    config = policy.config
+    records = scene_prompts("train", n=PICTURES // GROUP)
+    ids = policy.prompt_ids([record["prompt"] for record in records])
+    sampler = ImageTokenSampler(
+        policy.ar, config.image_start_id, config.num_image_tokens, config.num_tokens, config.pad_id
+    )
+    tokens, _ = sampler.sample(ids, GROUP, Sampling(), list(range(PICTURES)))
+    with torch.no_grad():
+        return policy.condition_rows([row for row in ids for _ in range(GROUP)], tokens)
 
 
 def ratios(turns: int) -> list[Ratio]:
     """Return the ratio of the two loops, whose pictures have to agree."""
     policy = Policy.from_pretrained(base_path())
-    rows = 1 + policy.config.num_tokens
-    torch.manual_seed(0)
-    hidden = torch.randn(PICTURES, rows, policy.ar.config.hidden_size)
-    noise = policy.noise([row // 12 for row in range(PICTURES)])
+    hidden = sampled(policy)
+    noise = policy.noise([row // GROUP for row in range(PICTURES)])
 
     def ours() -> Tensor:
         return policy.render(hidden, noise=noise, steps=STEPS, guidance=GUIDANCE)

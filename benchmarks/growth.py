@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import AutoencoderDC, SanaTransformer2DModel
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks.machine import machine
 from benchmarks.timing import peak_memory, take_turns
@@ -26,7 +25,7 @@ from common.atomic import write_text
 from policy.connector import Connector
 from policy.diffusion import sample_latents
 from policy.sampling import ImageTokenSampler, Sampling
-from policy.tiny import tiny_autoencoder
+from policy.tiny import tiny_autoencoder, tiny_language_model
 from rl.image_head import add_image_head
 
 RESULTS = Path(__file__).parent / "results"
@@ -54,18 +53,7 @@ class Step:
     def __init__(self, pictures: int, tokens: int, codes: int, side: int) -> None:
         torch.manual_seed(0)
         self.pictures, self.tokens, self.latent = pictures, tokens, side // 8
-        self.model = Qwen3ForCausalLM(
-            Qwen3Config(
-                vocab_size=TEXT + codes,
-                hidden_size=WIDTH,
-                intermediate_size=384,
-                num_hidden_layers=6,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                head_dim=32,
-                tie_word_embeddings=False,
-            )
-        ).eval()
+        self.model = tiny_language_model(TEXT + codes, pad_id=0, eos_id=0).eval()
         self.sampler = ImageTokenSampler(self.model, TEXT, codes, tokens, 0)
         add_image_head(self.model, TEXT, codes, 1.0)
         self.connector = Connector(WIDTH, WIDTH)

@@ -63,12 +63,22 @@ def hidden_states(policy: Policy, ids: Tensor) -> Tensor:
     )
 
 
-@torch.no_grad()
 def decode(
     policy: Policy, hidden: Tensor, noise: Tensor, steps: int = STEPS, guidance: float = GUIDANCE
 ) -> Tensor:
     """Return pictures [B, 3, H, W] in [0, 1]: the connector is called in every Euler step."""
     both = torch.cat([torch.zeros_like(hidden), hidden])
+    return guided_loop(policy, lambda: policy.connector(both), noise, steps, guidance)
+
+
+@torch.no_grad()
+def guided_loop(
+    policy: Policy, conditions: Callable[[], Tensor], noise: Tensor, steps: int, guidance: float
+) -> Tensor:
+    """Return pictures [B, 3, H, W] in [0, 1] by the loop of diffusers' pipelines.
+
+    `conditions` gives each Euler step the rows of the null branch and then those of the pictures.
+    """
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(policy.scheduler_config)
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 1.0 / steps, steps).tolist())
     latents = noise
@@ -76,7 +86,7 @@ def decode(
         twice = torch.cat([latents, latents])
         velocity = policy.diffusion(
             twice,
-            encoder_hidden_states=policy.connector(both),
+            encoder_hidden_states=conditions(),
             timestep=timestep.expand(len(twice)),
             return_dict=False,
         )[0]
