@@ -28,10 +28,11 @@ check: .venv/ready
 	@$(bin)/mypy --no-error-summary
 	@echo "Lint and types are clean."
 
-# pytest comes last, so that its closing line is the last line. It fails when no test ran. One thread:
-# the tests are full of tiny matrices and of processes that would fight over two cores.
+# pytest comes last, so that its closing line is the last line. It fails when no test ran. Two workers of
+# one thread each: the tests are full of tiny matrices and of processes that would fight over two cores.
+# A file stays with one worker, whose fixtures hold engines and policies.
 test: check
-	@OMP_NUM_THREADS=1 $(python) -m pytest
+	@OMP_NUM_THREADS=1 $(python) -m pytest -n 2 --dist loadfile
 
 # One thread and CPU seconds, so that the ratios hold beside other work.
 perf: .venv/ready
