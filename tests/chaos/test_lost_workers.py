@@ -78,7 +78,8 @@ def test_kills_at_random_change_no_number(recipe, undisturbed, tmp_path):
     losses = [row for row in read_journal(tmp_path / "killed" / "metrics.jsonl") if "event" in row]
     assert [loss["event"] for loss in losses] == ["worker_replaced"] * 2
     assert all(loss["worker"] in (0, 1) and loss["reason"] for loss in losses)
-    assert [loss["step"] for loss in losses] == sorted({loss["step"] for loss in losses})
+    steps = [loss["step"] for loss in losses]
+    assert steps == sorted(steps)  # two kills may be met in one step
     assert rows == expected_rows
     for name, tensor in expected.items():
         assert torch.equal(weights[name], tensor), name
