@@ -25,6 +25,7 @@ from policy.pixels import square, to_images
 from policy.prompts import PromptEncoder, check_length, prompt_text
 from policy.quiet import quiet_libraries
 from policy.sampling import ImageTokenSampler, Sampling, evaluation_mode, left_pad
+from policy.shared_prompt import tail_states
 
 __all__ = ["Policy", "to_images"]
 
@@ -331,8 +332,7 @@ class Policy(nn.Module):
         ids = torch.cat([prompts, completion_ids.to(self.device)], 1)
         mask = torch.cat([mask, torch.ones_like(completion_ids, device=self.device)], 1)
         with evaluation_mode(self.ar):
-            hidden = self.hidden_states(ids, mask)
-        return hidden[:, -(1 + self.config.num_tokens) :]
+            return tail_states(self.ar.model, ids, mask, 1 + self.config.num_tokens)
 
     @torch.no_grad()
     def generate(

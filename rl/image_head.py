@@ -13,6 +13,8 @@ from transformers import Qwen3ForCausalLM
 from transformers.utils import ModelOutput
 from trl.kernels import ChunkedLogProbFunction
 
+from policy.shared_prompt import tail_states
+
 TILE = 32_768
 """Rows of the head that are evaluated at the same time."""
 
@@ -63,15 +65,9 @@ def add_image_head(
     def forward(self: Any, *args: Any, image_tokens: int | None = None, **kwargs: Any) -> Any:
         if image_tokens is None:
             return original(*args, **kwargs)
-        mask = kwargs["attention_mask"]
-        hidden = self.model(
-            input_ids=kwargs["input_ids"],
-            attention_mask=mask,
-            position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
-            use_cache=False,
-        ).last_hidden_state
-        codes = kwargs["input_ids"][:, -image_tokens:] - image_start_id
-        before = hidden[:, -image_tokens - 1 : -1]
-        return ImageLogprobs(*image_logprobs(before, self.lm_head.weight[rows], codes, temperature))
+        ids = kwargs["input_ids"]
+        hidden = tail_states(self.model, ids, kwargs["attention_mask"], image_tokens + 1)[:, :-1]
+        codes = ids[:, -image_tokens:] - image_start_id
+        return ImageLogprobs(*image_logprobs(hidden, self.lm_head.weight[rows], codes, temperature))
 
     model.forward = types.MethodType(forward, model)
