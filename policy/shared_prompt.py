@@ -23,7 +23,8 @@ def tail_states(decoder: Any, input_ids: Tensor, attention_mask: Tensor, tail: i
         dim=0,
         return_inverse=True,
     )
-    if len(prompts) == len(input_ids):
+    # While it recomputes activations the library drops its cache without a word.
+    if len(prompts) == len(input_ids) or decoder.is_gradient_checkpointing:
         output = decoder(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -66,3 +66,18 @@ def test_a_prompt_is_passed_once(batch, rows, prompts):
         tail_states(policy.ar.model, whole[list(rows)], mask[list(rows)], tail)
     hook.remove()
     assert sum(passed) == prompts * (whole.shape[1] - tail) + len(rows) * tail
+
+
+def test_with_gradient_checkpointing_sequences_stay_whole(batch):
+    policy, _, _, whole, mask = batch
+    decoder, tail = policy.ar.model, 1 + policy.config.num_tokens
+    with torch.no_grad():
+        expected = tail_states(decoder, whole, mask, tail)
+    decoder.train()
+    policy.ar.gradient_checkpointing_enable({"use_reentrant": False})
+    try:
+        found = tail_states(decoder, whole, mask, tail)
+    finally:
+        policy.ar.gradient_checkpointing_disable()
+        decoder.eval()
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
