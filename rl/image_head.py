@@ -15,7 +15,7 @@ from trl.kernels import ChunkedLogProbFunction
 
 from policy.shared_prompt import tail_states
 
-TILE = 32_768
+TILE = 16_384
 """Rows of the head that are evaluated at the same time."""
 
 

@@ -18,7 +18,7 @@ SAMPLER_ROWS = 256
 """Sequences that the transformers engine samples at the same time (`ImageTokenSampler`)."""
 VLLM_CACHE = 2**30
 """Bytes that `VllmEngine` gives to keys and values unless told otherwise."""
-LOGIT_ROWS, LOGIT_COLUMNS = 4096, 32_768
+LOGIT_ROWS, LOGIT_COLUMNS = 4096, 16_384
 """Tokens and codes whose logits exist at the same time (TRL's tiles, `rl.image_head.TILE`)."""
 FORWARD_TILE, BACKWARD_TILE = 12, 29
 """Bytes of a logit in a tile beside itself: three float32, and seven with a mask for the gradient.
