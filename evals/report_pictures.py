@@ -9,7 +9,7 @@ from PIL import Image
 
 from common.errors import RunError
 from evals.located import found_in, picture_size
-from evals.results import THUMBNAILS, ResultFolder, Sample, thumbnail
+from evals.results import REFERENCES, THUMBNAILS, ResultFolder, Sample, file_name, thumbnail
 
 
 class _Table:
@@ -29,7 +29,8 @@ def gallery(results: Sequence[ResultFolder], group: int, out: Path) -> dict[str,
     at images/`group`-`r`/`p`-`i`.webp. The data holds `names`, `tasks`, `strings` and, for each
     prompt, its text, task number and for each seed one cell a result: [value, reason, size, boxes].
     Boxes are [label, left, top, right, bottom] in pixels; texts are numbers into `strings`. `kind`
-    and `better` are those of the headline's `Metric`: an amount is neither right nor wrong.
+    and `better` are those of the headline's `Metric`: an amount is neither right nor wrong. With
+    `references` the picture that prompt `p` edits lies at images/`group`-reference/`p`.webp.
     """
     by_key = [{(s["prompt_id"], s["index"]): s for s in result.samples} for result in results]
     rows: dict[str, list[list[Sample]]] = {}
@@ -41,7 +42,14 @@ def gallery(results: Sequence[ResultFolder], group: int, out: Path) -> dict[str,
     headline = next(iter(results[0].metrics))
     strings, tasks = _Table(), _Table()
     prompts = []
+    references = [results[0].path / REFERENCES / file_name(prompt) for prompt in rows]
+    edits = bool(references) and all(file.is_file() for file in references)
+    if edits:
+        (out / "images" / f"{group}-reference").mkdir()
     for number, seeds in enumerate(rows.values()):
+        if edits:
+            copy = out / "images" / f"{group}-reference" / f"{number}.webp"
+            shutil.copyfile(references[number], copy)
         for i, cells in enumerate(seeds):
             for column, (result, sample) in enumerate(zip(results, cells, strict=True)):
                 target = out / "images" / f"{group}-{column}" / f"{number}-{i}.webp"
@@ -61,6 +69,7 @@ def gallery(results: Sequence[ResultFolder], group: int, out: Path) -> dict[str,
         "strings": list(strings.numbers),
         "better": results[0].metrics[headline].better,
         "kind": results[0].metrics[headline].kind,
+        "references": edits,
         "prompts": prompts,
     }
 

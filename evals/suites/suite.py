@@ -72,6 +72,8 @@ class Suite:
     """The picture to edit, or to ask about, of a record; None where prompts alone are drawn."""
     answers: bool = False
     """The policy answers each of a record's `questions` about its reference, and draws nothing."""
+    several: Callable[[Record], Sequence[Image.Image]] | None = None
+    """All pictures that a record's questions are about; None where that is its reference alone."""
     published: Callable[[Sequence[Mapping[str, Any]]], dict[str, float]] | None = None
     """The numbers that publications show, from rows of samples.jsonl that were scored; None where
     the means over tasks are those."""
