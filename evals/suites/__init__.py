@@ -8,7 +8,7 @@ from common.errors import DataError
 from common.registry import Registry
 from evals.suites.identity import option_content, source_hash
 from evals.suites.options import check_options
-from evals.suites.suite import Metric, Record, SampleScore, Suite, checked, task_of
+from evals.suites.suite import Metric, Record, SampleScore, Suite, checked, in_turn, task_of
 
 __all__ = [
     "Metric",
@@ -16,6 +16,7 @@ __all__ = [
     "SampleScore",
     "Suite",
     "checked",
+    "in_turn",
     "list_suites",
     "load_suite",
     "register_suite",
