@@ -34,7 +34,6 @@ def _rewards() -> None:
 
 
 def _suites() -> None:
-    from evals.suites import list_suites
+    from evals.suites import list_suites, suite_summary
 
-    for name in list_suites():
-        console.say(name)
+    console.pairs([(name, suite_summary(name)) for name in list_suites()], "")

@@ -23,8 +23,9 @@ Ints = NDArray[np.int64]
 MIN_CLUSTERS = 5
 """The means of fewer clusters say too little about the spread of others."""
 CHUNK_ELEMENTS = 2_000_000  # bounds the memory of one block of resamples to about 32 MB
-AGREEING_WEIGHT = 0.5
-"""Clusters' worth of weight for values that were not seen where all clusters agree: Jeffreys'."""
+AGREEING_RATE, AGREEING_SCORE = 0.5, 0.1
+"""Clusters' worth of weight for what was not seen in a stratum whose clusters all agree: Jeffreys'
+prior for a rate; for scores and counts what covers best by simulation (`benchmarks.coverage`)."""
 
 
 @dataclass(frozen=True)
@@ -74,19 +75,22 @@ class Stratum:
 
 @dataclass(frozen=True)
 class Unseen:
-    """What clusters that were not drawn might show: values at the ends of the range [low, high].
+    """What clusters that were not drawn might show: means at the ends of the range [low, high].
 
-    `AGREEING_WEIGHT` clusters of that kind are added to a stratum whose clusters all agree, and
-    `weight` to any other, as a Beta(weight, K + 1 - weight) share; the nearer end is the rarer.
+    That is the range of a rate, 0 to 1. Of scores and counts it is what the clusters of any stratum
+    show: a task without extra objects may have as many as the worst prompt of another task.
+    `agreeing` clusters of that kind are added to a stratum whose clusters all agree, and `weight`
+    to any other, as a Beta(weight, K + 1 - weight) share; the nearer end is the rarer.
     """
 
     low: float
     high: float
-    weight: float
+    agreeing: float
+    weight: float = 0.0
 
     def weight_in(self, group: Stratum) -> float:
         """Return how many clusters of unseen values are added to a stratum."""
-        return AGREEING_WEIGHT if group.agrees else self.weight
+        return self.agreeing if group.agrees else self.weight
 
     def variance(self, group: Stratum) -> float:
         """Return what the unseen clusters add to the variance of a stratum's mean."""
@@ -181,6 +185,18 @@ def value_range(values: Floats) -> tuple[float, float] | None:
     if low >= 0 and high <= 1:
         return 0.0, 1.0
     return (low, high) if high > low else None
+
+
+def cluster_range(groups: Sequence[Stratum]) -> tuple[float, float] | None:
+    """Return the range of the clusters' means over all strata; None if they all agree."""
+    means = np.concatenate([group.sums / group.counts for group in groups])
+    low, high = float(means.min()), float(means.max())
+    return (low, high) if high - low > 1e-12 else None
+
+
+def is_rate(values: Floats) -> bool:
+    """Return whether all values are 0 or 1."""
+    return bool(np.isin(values, (0.0, 1.0)).all())
 
 
 def strata_of(

@@ -17,20 +17,24 @@ from numpy.typing import ArrayLike
 from scipy import stats
 
 from common.bootstrap import (
+    AGREEING_RATE,
+    AGREEING_SCORE,
     CHUNK_ELEMENTS,
     Floats,
     Stratum,
     Unseen,
     bootstrap_interval,
+    cluster_range,
+    is_rate,
     strata_of,
     value_range,
 )
 
 RESAMPLES = 10_000
-UNSEEN_SCORES = 0.25
-"""Clusters' worth of weight for scores in [0, 1] that no cluster of a task showed. By simulation:
-without it, intervals of rates near 1 cover the truth in 0.91 of cases. A mean over tasks and a
-difference of two policies lie evenly enough about their mean to need none."""
+ALONE = 0.25
+"""Clusters' worth of weight for what no cluster showed, in the mean of a single stratum. By
+simulation: without it, intervals of rates near 1 and of scores that are mostly 1 cover the truth in
+0.89 to 0.91 of cases. Means over tasks and differences lie evenly enough about their mean."""
 
 
 @dataclass(frozen=True)
@@ -82,9 +86,11 @@ def mean_interval(
     groups = strata_of(array, clusters, strata)
     mean = float(np.mean([group.mean for group in groups]))
     total = sum(group.size for group in groups)
-    span = value_range(array)
-    weight = UNSEEN_SCORES if len(groups) == 1 and span == (0.0, 1.0) else 0.0
-    unseen = None if span is None else Unseen(*span, weight)
+    alone, unseen = ALONE if len(groups) == 1 else 0.0, None
+    if is_rate(array):
+        unseen = Unseen(0.0, 1.0, AGREEING_RATE, alone)
+    elif span := cluster_range(groups) or value_range(array):
+        unseen = Unseen(*span, AGREEING_SCORE, alone)
     found = bootstrap_interval(groups, unseen, confidence, resamples, seed)
     if found is None:
         return Estimate(mean, None, None, None, total, array.size)
@@ -105,7 +111,7 @@ def paired_difference(
 
     The pairing is kept in every resample: a prompt carries all its pairs with it. `clusters` and
     `strata` as in `mean_interval`. Differences that all agree in a single stratum get the exact
-    bound; others can be as far off as values of the range seen, or of [0, 1], can be.
+    bound.
     """
     first, second = _finite(before), _finite(after)
     if first.shape != second.shape:
@@ -115,8 +121,14 @@ def paired_difference(
     mean = float(np.mean([group.mean for group in groups]))
     total = sum(group.size for group in groups)
     p_value = _sign_flip_p_value(groups, resamples, seed)
-    span = value_range(np.concatenate([first, second]))
-    unseen = None if span is None else Unseen(span[0] - span[1], span[1] - span[0], 0.0)
+    both, unseen = np.concatenate([first, second]), None
+    if is_rate(both):
+        unseen = Unseen(-1.0, 1.0, AGREEING_RATE)
+    elif changes := cluster_range(groups):
+        reach = max(-changes[0], changes[1])  # either policy may be the better one elsewhere
+        unseen = Unseen(-reach, reach, AGREEING_SCORE)
+    elif span := value_range(both):
+        unseen = Unseen(span[0] - span[1], span[1] - span[0], AGREEING_SCORE)
     found = bootstrap_interval(groups, unseen, confidence, resamples, seed)
     if found is None:
         return Difference(mean, None, None, None, total, change.size, p_value, None)

@@ -25,10 +25,11 @@ from evals.results import (
     ResultFolder,
     Sample,
     append_samples,
+    file_name,
     read_origin,
     webp,
 )
-from evals.run import file_name, write_results
+from evals.run import write_results
 from evals.suites import Metric
 from evals.suites.geneval import SHA256, asked_for
 

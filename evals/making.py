@@ -43,6 +43,14 @@ class AnsweringPolicy(Protocol):
         """Return the answer to a question about a picture, as text."""
 
 
+@runtime_checkable
+class ComparingPolicy(Protocol):
+    """What a question about several pictures at once needs of a policy."""
+
+    def answer_about(self, images: Sequence[Image.Image], question: str) -> str:
+        """Return the answer to a question that calls the pictures "picture 1", "picture 2", ..."""
+
+
 def not_supported(policy: object, suite: Suite) -> str | None:
     """Return why the policy cannot be evaluated on a suite of questions; None if it can."""
     if suite.answers and not isinstance(policy, AnsweringPolicy):
@@ -70,8 +78,8 @@ def make(
     """Return for each record the picture to keep and what the suite scores.
 
     Both are the picture made; of a suite of questions the first is the picture asked about, made
-    small, and the second the list of answers, None where the policy cannot answer. `settings` holds
-    steps, guidance and temperature.
+    small, and the second the list of answers, or a text that says why the policy cannot give them.
+    `settings` holds steps, guidance and temperature.
     """
     if suite.answers:
         return _answered(policy, suite, records)
@@ -81,19 +89,29 @@ def make(
 
 def _answered(
     policy: object, suite: Suite, records: Sequence[Record]
-) -> tuple[list[Image.Image], list[list[str] | None]]:
+) -> tuple[list[Image.Image], list[list[str] | str]]:
     assert suite.reference is not None  # a suite of questions has pictures to ask about
     shown, answers = [], []
     for record in records:
-        picture = suite.reference(record)
-        told = None
-        if isinstance(policy, AnsweringPolicy):
-            told = [policy.answer(picture, question) for question in record["questions"]]
-        answers.append(told)
-        small = picture.copy()
+        first = suite.reference(record)
+        pictures = suite.several(record) if suite.several else [first]
+        answers.append(_answers_about(policy, pictures, record["questions"]))
+        small = first.copy()
         small.thumbnail((SHOWN, SHOWN))
         shown.append(small)
     return shown, answers
+
+
+def _answers_about(
+    policy: object, pictures: Sequence[Image.Image], questions: Sequence[str]
+) -> list[str] | str:
+    if not isinstance(policy, AnsweringPolicy):
+        return "the policy answers no questions"
+    if len(pictures) == 1:
+        return [policy.answer(pictures[0], question) for question in questions]
+    if not isinstance(policy, ComparingPolicy):
+        return f"asked about {len(pictures)} pictures, and the policy answers about one"
+    return [policy.answer_about(pictures, question) for question in questions]
 
 
 def _pictures(

@@ -9,7 +9,8 @@ from PIL import Image
 
 from common.errors import RunError
 from evals.located import found_in, picture_size
-from evals.results import THUMBNAILS, ResultFolder, Sample, thumbnail
+from evals.results import REFERENCES, THUMBNAILS, ResultFolder, Sample, file_name, thumbnail
+from evals.suites import in_turn
 
 
 class _Table:
@@ -25,23 +26,33 @@ class _Table:
 def gallery(results: Sequence[ResultFolder], group: int, out: Path) -> dict[str, Any]:
     """Copy the pictures of a suite's results to `out`/images and return the gallery's data.
 
-    Only pictures that every result has are shown. Seed `i` of prompt number `p` in result `r` lies
-    at images/`group`-`r`/`p`-`i`.webp. The data holds `names`, `tasks`, `strings` and, for each
-    prompt, its text, task number and for each seed one cell a result: [value, reason, size, boxes].
+    Only pictures that every result has are shown, the tasks taking turns. Seed `i` of prompt number
+    `p` in result `r` lies at images/`group`-`r`/`p`-`i`.webp. The data holds `names`, `tasks`,
+    `strings` and, for each prompt, its text, task number and for each seed one cell a result:
+    [value, reason, size, boxes].
     Boxes are [label, left, top, right, bottom] in pixels; texts are numbers into `strings`. `kind`
-    and `better` are those of the headline's `Metric`: an amount is neither right nor wrong.
+    and `better` are those of the headline's `Metric`: an amount is neither right nor wrong. With
+    `references` the picture that prompt `p` edits lies at images/`group`-reference/`p`.webp.
     """
     by_key = [{(s["prompt_id"], s["index"]): s for s in result.samples} for result in results]
     rows: dict[str, list[list[Sample]]] = {}
     for key in by_key[0]:
         if all(key in samples for samples in by_key):
             rows.setdefault(key[0], []).append([samples[key] for samples in by_key])
+    shown = in_turn(rows.items(), lambda row: str(row[1][0][0]["task"]))
     for column in range(len(results)):
         (out / "images" / f"{group}-{column}").mkdir(parents=True)
     headline = next(iter(results[0].metrics))
     strings, tasks = _Table(), _Table()
     prompts = []
-    for number, seeds in enumerate(rows.values()):
+    references = [results[0].path / REFERENCES / file_name(prompt) for prompt, _ in shown]
+    edits = bool(references) and all(file.is_file() for file in references)
+    if edits:
+        (out / "images" / f"{group}-reference").mkdir()
+    for number, (_, seeds) in enumerate(shown):
+        if edits:
+            copy = out / "images" / f"{group}-reference" / f"{number}.webp"
+            shutil.copyfile(references[number], copy)
         for i, cells in enumerate(seeds):
             for column, (result, sample) in enumerate(zip(results, cells, strict=True)):
                 target = out / "images" / f"{group}-{column}" / f"{number}-{i}.webp"
@@ -61,6 +72,7 @@ def gallery(results: Sequence[ResultFolder], group: int, out: Path) -> dict[str,
         "strings": list(strings.numbers),
         "better": results[0].metrics[headline].better,
         "kind": results[0].metrics[headline].kind,
+        "references": edits,
         "prompts": prompts,
     }
 

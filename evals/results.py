@@ -6,12 +6,15 @@ results/NAME/
     samples.jsonl    one row for each picture, appended as pictures are made
     images/*.webp    the pictures, lossless, each with its own origin in its metadata
     thumbnails/      smaller copies of pictures wider or higher than 512 pixels, for reports
+    references/      of a suite of edits the picture that each prompt is about, at a report's size
     results.json     the summary, written at the end
 """
 
+import hashlib
 import io
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +22,7 @@ from typing import Any
 
 from PIL import ExifTags, Image
 
+from common.atomic import write_bytes
 from common.errors import RunError
 from common.journal import read_journal
 from common.statistics import Estimate, mean_interval
@@ -27,7 +31,7 @@ from evals.suites import Metric, SampleScore, Suite, task_of
 
 SCHEMA = "atelier.results/1"
 RESULTS, SETTINGS, PROMPTS = "results.json", "settings.json", "prompts.jsonl"
-SAMPLES, IMAGES, THUMBNAILS = "samples.jsonl", "images", "thumbnails"
+SAMPLES, IMAGES, THUMBNAILS, REFERENCES = "samples.jsonl", "images", "thumbnails", "references"
 THUMBNAIL = 512
 """Pictures wider or higher than this are shown in reports at this size."""
 
@@ -132,6 +136,28 @@ def thumbnail(image: Image.Image) -> bytes | None:
     buffer = io.BytesIO()
     small.save(buffer, format="WEBP", quality=85)
     return buffer.getvalue()
+
+
+def file_name(prompt_id: str, index: int | None = None) -> str:
+    """Return a readable file name that no two prompts share and that every file system takes.
+
+    `index` is that of the sample; without one the name is the prompt's own.
+    """
+    readable = re.sub(r"[^A-Za-z0-9]+", "-", prompt_id).strip("-")[:60]
+    digest = hashlib.blake2b(prompt_id.encode(), digest_size=4).hexdigest()
+    return f"{readable}-{digest}.webp" if index is None else f"{readable}-{digest}-{index:02d}.webp"
+
+
+def store_references(folder: Path, suite: Suite) -> None:
+    """Keep the pictures that a suite of edits is about, those that are not there yet."""
+    if suite.reference is None or suite.answers:
+        return
+    (folder / REFERENCES).mkdir(exist_ok=True)
+    for record in suite.records:
+        file = folder / REFERENCES / file_name(record["prompt_id"])
+        if not file.is_file():
+            picture = suite.reference(record)
+            write_bytes(file, thumbnail(picture) or webp(picture, {}))
 
 
 def read_origin(file: Path) -> dict[str, Any]:

@@ -6,7 +6,6 @@ policies draw the same random numbers, and a run that was cut off goes on where 
 
 import hashlib
 import json
-import re
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -37,7 +36,9 @@ from evals.results import (
     Sample,
     append_samples,
     count_unscored,
+    file_name,
     finished_samples,
+    store_references,
     summarise,
     thumbnail,
     unscored,
@@ -109,6 +110,7 @@ def evaluate(
         if not (out / PROMPTS).is_file():
             records = (json.dumps(dict(r), ensure_ascii=False) + "\n" for r in suite.records)
             write_text(out / PROMPTS, "".join(records))
+        store_references(out, suite)
         wanted = [(record, index) for record in suite.records for index in range(seeds)]
         done = finished_samples(out)
         lacking = not_supported(policy, suite)
@@ -291,17 +293,10 @@ def _score_all(
 def _score(suite: Suite, made: Any, record: Record) -> tuple[SampleScore, float]:
     """Return what the scorer says of a picture or of answers, and the seconds that it took."""
     started = time.perf_counter()
-    if made is None:
-        return SampleScore(dict.fromkeys(suite.metrics), "not supported by the policy"), 0.0
+    if isinstance(made, str):
+        return SampleScore(dict.fromkeys(suite.metrics), f"not supported: {made}"), 0.0
     try:
         score = checked(suite.score(made, record), suite)
     except AtelierError as error:
         score = SampleScore(dict.fromkeys(suite.metrics), f"could not be scored: {error}")
     return score, time.perf_counter() - started
-
-
-def file_name(prompt_id: str, index: int) -> str:
-    """Return a readable file name that no two prompts share and that every file system takes."""
-    readable = re.sub(r"[^A-Za-z0-9]+", "-", prompt_id).strip("-")[:60]
-    digest = hashlib.blake2b(prompt_id.encode(), digest_size=4).hexdigest()
-    return f"{readable}-{digest}-{index:02d}.webp"

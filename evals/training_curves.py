@@ -61,6 +61,8 @@ class Training:
     """When each stage of a usual step was at work."""
     seconds: float
     """Seconds of all steps together, held-out evaluations and waiting left out."""
+    device_hours: list[tuple[str, float]]
+    """ "GPU-hours on NAME" or "CPU-hours on NAME" (hours of a process), and how many of them."""
     recipe: str | None
 
 
@@ -99,8 +101,20 @@ def load_training(run_dir: Path) -> Training:
         stages=_stages(steps),
         step=stage_chart(steps),
         seconds=sum(step_seconds(row) for row in steps if row.get("seconds")),
+        device_hours=_device_hours(rows),
         recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else None,
     )
+
+
+def _device_hours(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, float]]:
+    hours: dict[str, float] = {}
+    device, count = "", 0.0
+    for row in rows:
+        if row.get("event") == "devices":
+            device, count = f"{row['kind']}-hours on {row['device']}", float(row["count"])
+        elif device and "event" not in row and row.get("seconds"):
+            hours[device] = hours.get(device, 0.0) + count * step_seconds(row) / 3600
+    return list(hours.items())
 
 
 def line_chart(title: str, lines: Mapping[str, tuple[str, Sequence[Point], bool]]) -> LineChart:

@@ -1,13 +1,12 @@
 """Scores that are kept: the same picture, prompt and reward are not judged twice."""
 
 import hashlib
-import inspect
 import json
 import logging
 import sqlite3
 import threading
 import uuid
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from PIL import Image
 
 from common.errors import RewardError
 from rewards.contract import RewardFunction, Score
+from rewards.source import source_code
 
 _LOG = logging.getLogger("atelier.rewards")
 MAX_ROWS = 200_000
@@ -99,14 +99,8 @@ def _opened(file: Path | None) -> sqlite3.Connection:
 
 
 def reward_identity(function: RewardFunction) -> str:
-    """Return a hash of a reward's name, arguments and source file, so that an edit is noticed."""
+    """Return a hash of a reward's name, arguments and code, so that an edit is noticed."""
     return _hash(function.name, _text(function.args), source_code(function.function))
-
-
-def source_code(function: Callable[..., Any]) -> bytes:
-    """Return the file that a function is written in; empty if it was not written in one."""
-    source = inspect.getsourcefile(inspect.unwrap(function))
-    return Path(source).read_bytes() if source and Path(source).is_file() else b""
 
 
 def image_digest(image: Image.Image) -> str:

@@ -4,8 +4,11 @@ import torch
 from transformers import TrainingArguments
 
 from common.errors import RunError
-from common.processes import local_rank
+from common.journal import Journal, read_journal
+from common.processes import local_rank, process_count
 from common.progress import Progress
+from evals.environment import processor
+from recipes.schema_grpo import GrpoRecipe
 
 
 def training_device(wanted: str) -> str:
@@ -40,3 +43,22 @@ def use_one_gpu(arguments: TrainingArguments, progress: Progress) -> None:
             "-m cli train ...` uses all"
         )
         arguments._n_gpu = 1
+
+
+def note_devices(journal: Journal, recipe: GrpoRecipe, device: torch.device, step: int) -> None:
+    """Write which devices a run computes on from `step` on, where the journal does not say so yet.
+
+    `count` is of GPUs, those of rollout workers among them, or of CPU processes.
+    """
+    rollout, ray = recipe.rollout, recipe.rollout.ray
+    on_gpu = device.type == "cuda"
+    each = ray.gpus_per_worker if on_gpu else 1
+    row = {
+        "event": "devices",
+        "kind": "GPU" if on_gpu else "CPU",
+        "device": torch.cuda.get_device_name(device) if on_gpu else processor(),
+        "count": process_count() + rollout.workers * each,
+    }
+    told = [old for old in read_journal(journal.path) if old.get("event") == "devices"]
+    if not told or {**told[-1], "step": step} != {**row, "step": step}:
+        journal.write({**row, "step": step})

@@ -33,7 +33,7 @@ from rewards.spec import spec_from
 from rl.callbacks import HeldOutCallback, InterruptCallback, JournalCallback
 from rl.checkpoints import checkpoint_to_resume, step_of
 from rl.decode_check import DecodeCheck, decode_of_journal
-from rl.devices import training_device, use_one_gpu
+from rl.devices import note_devices, training_device, use_one_gpu
 from rl.grpo import ImageGRPOTrainer, Sync
 from rl.lora import lora_config
 from rl.provenance import with_stage
@@ -158,6 +158,7 @@ def _run(
             write_text(run_dir / "recipe.yaml", dump_recipe(recipe))
             journal = Journal(run_dir / "metrics.jsonl")
             journal.rewind(-1 if checkpoint is None else done)
+            note_devices(journal, recipe, policy.device, done)
             sampler.decode = decode_of_journal(read_journal(journal.path), sampler.decode)
             shown = JournalCallback(journal, progress, events)
             shown.trainer = trainer

@@ -1,5 +1,6 @@
 """The registry of benchmark suites. A suite's module is imported when the suite is first loaded."""
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
@@ -7,7 +8,7 @@ from common.errors import DataError
 from common.registry import Registry
 from evals.suites.identity import option_content, source_hash
 from evals.suites.options import check_options
-from evals.suites.suite import Metric, Record, SampleScore, Suite, checked, task_of
+from evals.suites.suite import Metric, Record, SampleScore, Suite, checked, in_turn, task_of
 
 __all__ = [
     "Metric",
@@ -15,32 +16,104 @@ __all__ = [
     "SampleScore",
     "Suite",
     "checked",
+    "in_turn",
     "list_suites",
     "load_suite",
     "register_suite",
+    "suite_summary",
     "task_of",
 ]
 
 SuiteBuilder = Callable[..., Suite]
 """Builds a suite; its parameters are the suite's options (texts, as typed on a command line)."""
 
+_BUILT_IN = {
+    "dpg-bench": (
+        "dpg_bench:dpg_bench",
+        "long prompts, a judge answers yes or no (1065 x 4)",
+        "with mPLUG, by the official script",
+    ),
+    "edit-scenes": (
+        "edit_scenes:edit_scenes",
+        "edited scenes, by exact rules",
+        "no, the scene world",
+    ),
+    "gedit": (
+        "gedit:gedit",
+        "GEdit-Bench: edits in eleven groups, a judge's marks (606)",
+        "no, asked in our own words",
+    ),
+    "geneval": (
+        "geneval:geneval_official",
+        "objects, counts, colours, positions, by a detector (553 x 4)",
+        "yes, with the published detector",
+    ),
+    "geneval-scenes": (
+        "geneval_scenes:geneval_scenes",
+        "GenEval's six tasks in the scene world (92)",
+        "no, the scene world",
+    ),
+    "hps-v2": (
+        "hps_v2:hps_v2",
+        "HPS v2.1 in four styles (3200)",
+        "not checked: no checksum is published",
+    ),
+    "image-reward": (
+        "image_reward:image_reward",
+        "ImageReward (100 x 10, or DrawBench's 200)",
+        "not checked: no checksum is published",
+    ),
+    "imgedit": (
+        "imgedit:imgedit",
+        "ImgEdit-Bench: edits of nine types, a judge's marks (737)",
+        "not checked: no checksum is published",
+    ),
+    "mmbench": (
+        "mmbench:mmbench",
+        "questions, choices in every order",
+        "no, unclear answers are wrong",
+    ),
+    "mmmu": (
+        "mmmu:mmmu",
+        "college questions of thirty subjects (900)",
+        "no, asked in our own words",
+    ),
+    "ocr-scenes": (
+        "ocr_scenes:ocr_scenes",
+        "words on signs, read by RapidOCR",
+        "no, the scene world",
+    ),
+    "pick-score": (
+        "pick_score:pick_score",
+        "PickScore over a file of prompts",
+        "no, there is no common list",
+    ),
+    "prompt-file": (
+        "prompt_file:prompt_file",
+        "any reward over a file of prompts",
+        "no, the prompts are yours",
+    ),
+    "seed-bench": (
+        "seed_bench:seed_bench",
+        "questions about pictures, four choices",
+        "no, letters are read, not ranked",
+    ),
+    "textvqa": (
+        "textvqa:textvqa",
+        "questions about text in photographs (5000)",
+        "no, asked in our own words",
+    ),
+    "wise": (
+        "wise:wise",
+        "prompts that take knowledge, a judge's marks (1000)",
+        "no, asked in our own words",
+    ),
+}
+"""Name -> where it is built, what it is (prompts x pictures), and whether beside a leaderboard."""
+
 _suites = Registry("suite", group="atelier.suites")
-_suites.add("dpg-bench", "evals.suites.dpg_bench:dpg_bench")
-_suites.add("edit-scenes", "evals.suites.edit_scenes:edit_scenes")
-_suites.add("gedit", "evals.suites.gedit:gedit")
-_suites.add("geneval", "evals.suites.geneval:geneval_official")
-_suites.add("geneval-scenes", "evals.suites.geneval_scenes:geneval_scenes")
-_suites.add("hps-v2", "evals.suites.hps_v2:hps_v2")
-_suites.add("image-reward", "evals.suites.image_reward:image_reward")
-_suites.add("imgedit", "evals.suites.imgedit:imgedit")
-_suites.add("mmbench", "evals.suites.mmbench:mmbench")
-_suites.add("mmmu", "evals.suites.mmmu:mmmu")
-_suites.add("ocr-scenes", "evals.suites.ocr_scenes:ocr_scenes")
-_suites.add("pick-score", "evals.suites.pick_score:pick_score")
-_suites.add("prompt-file", "evals.suites.prompt_file:prompt_file")
-_suites.add("seed-bench", "evals.suites.seed_bench:seed_bench")
-_suites.add("textvqa", "evals.suites.textvqa:textvqa")
-_suites.add("wise", "evals.suites.wise:wise")
+for _name, (_place, *_) in _BUILT_IN.items():
+    _suites.add(_name, f"evals.suites.{_place}")
 
 
 def register_suite(name: str) -> Callable[[SuiteBuilder], SuiteBuilder]:
@@ -60,6 +133,17 @@ def register_suite(name: str) -> Callable[[SuiteBuilder], SuiteBuilder]:
 def list_suites() -> list[str]:
     """Return the names of all suites that can be loaded, sorted."""
     return _suites.names()
+
+
+def suite_summary(name: str) -> str:
+    """Return a suite in a line: what it asks, how many prompts, whether beside a leaderboard.
+
+    Of one that is not our own it is the first line of what its builder says about itself.
+    """
+    if name in _BUILT_IN:
+        _, what, leaderboard = _BUILT_IN[name]
+        return f"{what}; leaderboard: {leaderboard}"
+    return (inspect.getdoc(_suites.get(name)) or "").split("\n")[0]
 
 
 def load_suite(

@@ -1,6 +1,8 @@
 """GEdit-Bench: edits in eleven groups, in English and Chinese, judged by VIEScore's formula.
 
-Sources: Liu et al., Step1X-Edit (2025), stepfun-ai/GEdit-Bench; Ku et al., VIEScore (2024).
+Sources: Liu et al. (2025) and stepfun-ai/Step1X-Edit, GEdit-Bench/generate_image_example.py (the
+columns); the size at which pictures are judged: EvolvingLMMs-Lab/lmms-eval, tasks/gedit_bench; Ku
+et al., VIEScore (2024).
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,6 +30,8 @@ Language = Literal["en", "cn"]
 PROMPTS = 606
 """Items of one language."""
 JUDGES = ("gpt-4.1", "Qwen2.5-VL-72B-Instruct")
+JUDGED_PIXELS = 512 * 512
+"""Pixels of both pictures as the judge sees them."""
 _COLUMNS = (
     "key", "task_type", "instruction", "instruction_language", "input_image_raw",
     "Intersection_exist",
@@ -72,15 +76,16 @@ def gedit(data: str, language: str = "en", **judge: str) -> Suite:
         return open_image(pictures[name], f"{data}: picture {name}")
 
     def score(image: Image.Image, record: Record) -> SampleScore:
-        before = reference(record)
-        after = image.resize(before.size, Image.Resampling.LANCZOS)
+        source = reference(record)
+        size = _judged_size(source.size)
+        before, after = (x.resize(size, Image.Resampling.LANCZOS) for x in (source, image))
         semantic = SEMANTIC.format(instruction=record["prompt"])
         return viescore(*ask(asked, [(semantic, [before, after]), (QUALITY, [after])]))
 
     return Suite(
         name=f"gedit-{language}",
         title=f"GEdit-Bench ({language})",
-        version=1,
+        version=2,
         records=records,
         score=score,
         metrics={
@@ -110,6 +115,12 @@ def viescore(answers: Sequence[Mapping[str, Any]], why: str) -> SampleScore:
     values = {"overall": sqrt(semantic * quality), "semantic": semantic, "quality": quality}
     reason = "\n".join(str(answer.get("reason", "")) for answer in answers)
     return SampleScore(dict(values), reason, {"semantic": first, "quality": second})
+
+
+def _judged_size(size: tuple[int, int]) -> tuple[int, int]:
+    """Return the size with `JUDGED_PIXELS` pixels in the shape of `size`."""
+    factor = sqrt(JUDGED_PIXELS / (size[0] * size[1]))
+    return max(1, int(factor * size[0])), max(1, int(factor * size[1]))
 
 
 def _name(number: int, row: Mapping[str, Any]) -> str:

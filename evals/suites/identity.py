@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rewards.cache import source_code
+from rewards.source import source_code
 
 
 def option_content(value: str) -> str:
@@ -25,7 +25,7 @@ def option_content(value: str) -> str:
 
 
 def source_hash(function: Callable[..., Any]) -> str:
-    """Return a hash of the file that a function is written in, with the function's name."""
+    """Return a function's name with a hash of its file and of what that imports from beside it."""
     digest = hashlib.sha256(source_code(function)).hexdigest()[:16]
     return f"{function.__qualname__} of source {digest}"
 

@@ -1,6 +1,7 @@
 """ImgEdit-Bench, the basic part: single edits of nine types, judged from 1 to 5.
 
-Source: Ye et al. (2025); PKU-YuanGroup/ImgEdit, Benchmark/Basic.
+Source: Ye et al. (2025); PKU-YuanGroup/ImgEdit, Benchmark/Basic (basic_bench.py, the two steps of
+scoring). That script averages however many marks an answer has; here three are needed.
 """
 
 from collections.abc import Mapping, Sequence

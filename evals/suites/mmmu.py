@@ -1,4 +1,8 @@
-"""MMMU: college questions of thirty subjects. Source: Yue et al. (2024), MMMU-Benchmark/MMMU."""
+"""MMMU: college questions of thirty subjects, about up to seven pictures each.
+
+Source: Yue et al. (2024); MMMU-Benchmark/MMMU, eval/data_utils.py and eval_utils.py. How pictures
+are named in questions and options: EvolvingLMMs-Lab/lmms-eval, tasks/mmmu/utils.py.
+"""
 
 import ast
 import re
@@ -24,47 +28,53 @@ from evals.suites.suite import Metric, Record, SampleScore, Suite
 
 QUESTIONS = 900
 """Of the validation split."""
-_COLUMNS = ("id", "question", "options", "answer", "question_type", "image_1", "image_2")
+_PICTURES = tuple(f"image_{number}" for number in range(1, 8))
+_COLUMNS = ("id", "question", "options", "answer", "question_type", *_PICTURES)
 
 
 def mmmu(data: str) -> Suite:
     """Build the suite from the folder with the validation split's parquet files (of any depth).
 
     Headline `accuracy`. As in the official script, an answer that names no choice counts as a
-    choice drawn at random, here by a seed of the question's own. Questions with several pictures
-    are left out: a policy is shown one.
+    choice drawn at random, here by a seed of the question's own. Questions about several pictures
+    are asked of policies with `answer_about(images, question)`; of others they are not scored.
     """
     files = sorted(Path(data).rglob("validation*.parquet"))
     if not files:
         raise DataError(f"{data} holds no validation*.parquet.\n    Fix: give MMMU's folder.")
     rows = read_parquet(files, _COLUMNS)
-    single = [row for row in rows if row["image_1"] and not row["image_2"]]
-    pictures = {row["id"]: row["image_1"]["bytes"] for row in single}
-    records = tuple(map(_record, single))
-    reasons = [f"{len(records)} questions instead of {QUESTIONS}", OWN_WORDS, NO_CHECKSUM]
+    pictures = {row["id"]: [row[x]["bytes"] for x in _PICTURES if row[x]] for row in rows}
+    records = tuple(_record(row, len(pictures[row["id"]])) for row in rows)
+    reasons = [OWN_WORDS, NO_CHECKSUM]
+    if len(records) != QUESTIONS:
+        reasons.insert(0, f"{len(records)} questions instead of {QUESTIONS}")
 
-    def reference(record: Record) -> Image.Image:
-        return open_image(pictures[record["prompt_id"]], f"{data}: {record['prompt_id']}")
+    def several(record: Record) -> list[Image.Image]:
+        name = record["prompt_id"]
+        return [open_image(data_of, f"{data}: {name}") for data_of in pictures[name]]
 
     return Suite(
         name="mmmu",
-        title="MMMU, validation, one picture",
-        version=1,
+        title="MMMU, validation",
+        version=2,
         records=records,
         score=_score,
         metrics={"accuracy": Metric("Accuracy")},
         not_comparable="; ".join(reasons),
         settings={"data_sha256": digest(files)},
         pictures=1,
-        reference=reference,
+        reference=lambda record: several(record)[0],
         answers=True,
+        several=several,
         published=lambda samples: overall_and_tasks(samples, "accuracy"),
     )
 
 
-def _record(row: dict[str, Any]) -> Record:
-    options = _list(row["options"])
-    question = re.sub(r"<image \d+>", "the picture", row["question"])
+def _record(row: dict[str, Any], pictures: int) -> Record:
+    name = "the picture" if pictures == 1 else r"picture \1"
+    question, *options = (
+        re.sub(r"<image (\d+)>", name, text) for text in [row["question"], *_list(row["options"])]
+    )
     choosing = row["question_type"] == "multiple-choice"
     return {
         "prompt": row["question"],

@@ -126,8 +126,11 @@ def _mmmu_said(answer: str) -> list[str]:
     keys = []
     for number, line in enumerate(lines):
         indicators = [*_INDICATORS, "="] if number == len(lines) - 1 else _INDICATORS
-        rests = [line.split(word)[-1].strip() for word in indicators if word in line]
-        if rests and (shortest := min(rests, key=len)) not in ("", *":,.!?;'"):
+        shortest = ""
+        for rest in (line.split(word)[-1].strip() for word in indicators if word in line):
+            if not shortest or len(rest) < len(shortest):  # so an empty one gives way to the next
+                shortest = rest
+        if shortest not in ("", *":,.!?;'"):
             keys.append(shortest)
     keys = keys or [answer.strip().strip(".").lower()]
     return keys + [n for key in keys for form in _NUMBER_FORMS for n in re.findall(form, key)]

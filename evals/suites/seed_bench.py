@@ -1,4 +1,7 @@
-"""SEED-Bench, its questions about pictures: four choices each. Source: Li et al. (2023)."""
+"""SEED-Bench, its questions about pictures: four choices each.
+
+Source: Li et al. (2023); AILab-CVC/SEED-Bench, DATASET.md (the first benchmark) and eval.py.
+"""
 
 from pathlib import Path
 from typing import Any

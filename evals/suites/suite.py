@@ -2,16 +2,18 @@
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from numbers import Real
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from PIL import Image
 
 from common.errors import UsageError
 
 Record = Mapping[str, Any]
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,8 @@ class Suite:
     """The picture to edit, or to ask about, of a record; None where prompts alone are drawn."""
     answers: bool = False
     """The policy answers each of a record's `questions` about its reference, and draws nothing."""
+    several: Callable[[Record], Sequence[Image.Image]] | None = None
+    """All pictures that a record's questions are about; None where that is its reference alone."""
     published: Callable[[Sequence[Mapping[str, Any]]], dict[str, float]] | None = None
     """The numbers that publications show, from rows of samples.jsonl that were scored; None where
     the means over tasks are those."""
@@ -110,17 +114,16 @@ class Suite:
         """
         if limit is None or limit >= len(self.records):
             return self
-        by_task: dict[str, list[Record]] = {}
-        for record in self.records:
-            by_task.setdefault(task_of(record), []).append(record)
-        turns = max(len(records) for records in by_task.values())
-        in_turn = [
-            records[turn]
-            for turn in range(turns)
-            for records in by_task.values()
-            if turn < len(records)
-        ]
-        return replace(self, records=tuple(in_turn[:limit]))
+        return replace(self, records=tuple(in_turn(self.records, task_of)[:limit]))
+
+
+def in_turn(items: Iterable[Item], task: Callable[[Item], str]) -> list[Item]:
+    """Return the items with their tasks taking turns, in order within each task."""
+    by_task: dict[str, list[Item]] = {}
+    for item in items:
+        by_task.setdefault(task(item), []).append(item)
+    rounds = zip_longest(*by_task.values())
+    return [item for turn in rounds for item in turn if item is not None]
 
 
 def checked(score: SampleScore, suite: Suite) -> SampleScore:

@@ -1,4 +1,7 @@
-"""TextVQA: questions about text in photographs. Source: Singh et al. (2019)."""
+"""TextVQA: questions about text in photographs.
+
+Source: Singh et al. (2019). The accuracy as in EvolvingLMMs-Lab/lmms-eval, tasks/textvqa/utils.py.
+"""
 
 from pathlib import Path
 from typing import Any

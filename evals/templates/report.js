@@ -79,6 +79,12 @@
     return frame;
   };
 
+  const reference = (data, prompt, number) => make("span", { className: "frame" }, make("img", {
+    src: `images/${data.group}-reference/${number}.webp`,
+    alt: `the picture to edit: ${prompt}`,
+    loading: "lazy",
+  }));
+
   const verdictLine = (data, cell, column) => make(
     "p",
     { className: `said ${!judged(data, cell[0]) ? "" : right(data, cell[0]) ? "right" : "wrong"}` },
@@ -111,7 +117,11 @@
           make("h3", { textContent: prompt }),
           make("p", { className: "meta", textContent: `${data.tasks[task].replaceAll("_", " ")}, sample ${seed + 1}, ${place + 1} of ${matches.length}` })),
         make("button", { type: "button", textContent: "Close", onclick: () => zoom.close() })),
-      make("div", { className: "pair large" }, ...columns.map((column) => make("figure", {},
+      make("div", { className: "pair large" },
+        ...(data.references ? [make("figure", {},
+          reference(data, prompt, number),
+          make("figcaption", {}, make("p", { className: "said", textContent: "the picture to edit" })))] : []),
+        ...columns.map((column) => make("figure", {},
         picture(data, prompt, number, seed, column, true),
         make("figcaption", {}, verdictLine(data, seeds[seed][column], column))))),
       make("footer", {}, go(-1), go(1)),
@@ -161,7 +171,9 @@
             type: "button",
             className: `pair ${found.at(-1)}`,
             onclick: () => enlarge(gallery, here),
-          }, ...gallery.columns().map((column) => picture(data, prompt, number, seed, column, false)));
+          },
+          ...(data.references ? [reference(data, prompt, number)] : []),
+          ...gallery.columns().map((column) => picture(data, prompt, number, seed, column, false)));
           open.setAttribute("aria-label", `Enlarge sample ${seed + 1} of ${prompt}`);
           return make("div", { className: "seed" }, open,
             ...gallery.columns().map((column) => verdictLine(data, cells[column], column)));

@@ -168,6 +168,13 @@ def test_ls_shows_recipes_with_what_they_are(capsys):
     assert "GRPO with LoRA" in lines[0]
 
 
+def test_ls_says_of_every_suite_what_it_is_and_whether_it_has_a_leaderboard(capsys):
+    assert main(["ls", "suites"]) == 0
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert lines["geneval"].endswith("(553 x 4); leaderboard: yes, with the published detector")
+    assert sum("; leaderboard: " in line for line in lines.values()) >= 16
+
+
 def test_check_shows_every_value_and_its_origin(capsys):
     assert main(["check", "geneval-scenes-full", "train.steps=40"]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]

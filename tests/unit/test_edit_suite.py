@@ -15,6 +15,7 @@ from common.errors import PolicyError
 from data.scene_edits import edit_records, scene_of
 from data.scenes import Scene, SceneObject, is_held_out, render_scene
 from evals.engines import EnginePolicy
+from evals.report import build_report
 from evals.results import load_results
 from evals.run import evaluate
 from evals.suites import load_suite, task_of
@@ -68,6 +69,16 @@ def test_an_editor_without_fault_gets_every_edit_right(tmp_path: Path) -> None:
     for metric in ("exact", "success", "kept"):
         assert results["overall"][metric]["mean"] == 1.0
     assert set(results["tasks"]) == {"recolor", "remove", "add"}
+
+
+def test_the_report_shows_the_picture_to_edit_beside_the_edits(tmp_path: Path) -> None:
+    suite = load_suite("edit-scenes", limit=3)
+    evaluate(Editor(suite.records), suite, tmp_path / "r", seeds=2, weights="w")
+    page = build_report([tmp_path / "r"], tmp_path / "report")
+    for number, record in enumerate(suite.records):
+        with Image.open(page.parent / "images" / "0-reference" / f"{number}.webp") as shown:
+            assert np.array_equal(np.asarray(shown.convert("RGB")), np.asarray(reference(record)))
+    assert "after the picture to edit" in page.read_text()
 
 
 def test_a_copy_of_the_reference_gets_none_right() -> None:

@@ -1,5 +1,6 @@
 """Suites that a vision-language model judges: their formulas by hand, their requests over HTTP."""
 
+import base64
 import io
 import json
 from math import sqrt
@@ -190,6 +191,10 @@ def test_gedit_is_the_root_of_the_lower_marks_meaned_over_groups(
     assert results["overall"]["overall"]["mean"] == pytest.approx(
         ((blue + green) / 2 + face) / 2, abs=1e-5
     )
+    # both pictures as wide as high as the one to edit, at 512 x 512 pixels' area
+    sent = [part["image_url"]["url"] for part in server.requests[0]["messages"][0]["content"][1:]]
+    sizes = {Image.open(io.BytesIO(base64.b64decode(url.split(",")[1]))).size for url in sent}
+    assert sizes == {(627, 418)}  # 512 sqrt(3/2), 512 / sqrt(3/2)
     # two questions for each edit: both pictures with the instruction, the edited one alone
     assert sorted(len(r["messages"][0]["content"]) for r in server.requests) == [2] * 3 + [3] * 3
     chinese = load_suite("gedit", options=gedit | judge(server, answer) | {"language": "cn"})

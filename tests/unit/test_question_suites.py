@@ -121,6 +121,7 @@ def test_choices_are_read_as_mmmu_does(answer: str, letter: str | None) -> None:
         ("chloroplast", ["mitochondria"], False),
         ("Therefore 1/24 it is", ["1/24", "4.17%"], True),
         ("It is 3\nthus 7", ["7"], True),
+        ("The answer is \n7", ["7"], False),  # the official script keeps "is" of the first line
         ("the result is banana", ["a"], False),  # a single letter has to stand at a space
         ("the result is vitamin a", ["a"], True),
     ],
@@ -173,6 +174,7 @@ def mmbench(tmp_path: Path) -> dict[str, str]:
         )
         table.writerow([7, "How many?", "nan", "one", "two", "three", "", "B", "count", picture])
         table.writerow([8, "Which?", "look left", "cat", "dog", "", "", "A", "name", picture])
+        table.writerow([9, "Which?", "", "up", "down", "", "", "B", "name", "8"])  # 8's picture
         table.writerow([1000007, "How many?", "", "two", "three", "one", "", "A", "count", "7"])
     return {"data": str(file)}
 
@@ -186,7 +188,7 @@ def test_mmbench_counts_a_question_that_is_right_in_every_order(
     mmbench: dict[str, str], tmp_path: Path
 ) -> None:
     suite = load_suite("mmbench", options=mmbench)
-    assert [task_of(r) for r in suite.records] == ["count", "name"]  # the turned copy is our own
+    assert [task_of(r) for r in suite.records] == ["count", "name", "name"]  # no turned copy
     assert suite.records[1]["questions"][0].startswith("look left\nWhich?\nA. cat\nB. dog")
 
     def knows(pixel, question: str) -> str:
@@ -194,11 +196,18 @@ def test_mmbench_counts_a_question_that_is_right_in_every_order(
 
     reader = Reader(knows)
     results = evaluate(reader, suite, tmp_path / "r", seeds=1, weights="w")
-    assert len(reader.asked) == 3 + 2
+    assert len(reader.asked) == 3 + 2 + 2
     # the second says A whatever the order: right at first, but not in every order
     values = [s["values"] for s in load_results(tmp_path / "r").samples]
-    assert values == [{"circular": 1, "vanilla": 1}, {"circular": 0, "vanilla": 1}]
-    assert results["published"] == {"overall": 50.0, "count": 100.0, "name": 0.0}
+    assert values == [
+        {"circular": 1, "vanilla": 1},
+        {"circular": 0, "vanilla": 1},
+        {"circular": 0, "vanilla": 0},
+    ]
+    assert results["published"] == pytest.approx(
+        {"overall": 100 / 3, "count": 100, "name": 0}, abs=1e-4
+    )
+    assert "none of the published files" in suite.not_comparable
 
 
 def test_seed_bench(tmp_path: Path) -> None:
@@ -221,42 +230,70 @@ def test_seed_bench(tmp_path: Path) -> None:
         load_suite("seed-bench", options=options)
 
 
-def test_mmmu(tmp_path: Path) -> None:
-    def row(name: str, kind: str, options: list, answer: str, second: bytes | None = None):
+@pytest.fixture
+def mmmu(tmp_path: Path) -> dict[str, str]:
+    def row(name: str, kind: str, options: list, answer: str, *pictures: str):
+        filled = {f"image_{n}": {"bytes": png(x), "path": ""} for n, x in enumerate(pictures, 1)}
         return {
             "id": f"validation_{name}",
             "question": "What is in <image 1>?",
             "options": str(options),
             "answer": answer,
             "question_type": kind,
-            "image_1": {"bytes": png("red"), "path": "1.png"},
-            "image_2": second and {"bytes": second, "path": "2.png"},
+            **dict.fromkeys(f"image_{n}" for n in range(1, 8)),
+            **filled,
         }
 
     rows = [
-        row("Art_Theory_1", "multiple-choice", ["a cat", "a dog"], "B"),
-        row("Art_Theory_2", "multiple-choice", ["a cat", "a dog"], "A"),
-        row("Math_3", "open", [], "['1/24', '4.17']"),
-        row("Math_4", "multiple-choice", ["x", "y"], "A", png("blue")),
+        row("Art_Theory_1", "multiple-choice", ["a cat", "a dog"], "B", "red"),
+        row("Art_Theory_2", "multiple-choice", ["a cat", "a dog"], "A", "red"),
+        row("Math_3", "open", [], "['1/24', '4.17']", "red"),
+        row("Math_4", "multiple-choice", ["<image 2>", "y"], "A", "red", "blue"),
     ]
     (tmp_path / "Math").mkdir()
     file = tmp_path / "Math" / "validation-00000-of-00001.parquet"
     parquet.write_table(pyarrow.Table.from_pylist(rows), file)
-    suite = load_suite("mmmu", options={"data": str(tmp_path)})
-    assert [task_of(r) for r in suite.records] == ["Art_Theory", "Art_Theory", "Math"]
+    return {"data": str(tmp_path)}
 
-    def answer(pixel, question: str) -> str:
-        assert "<image" not in question
-        return "(B)" if "A. a cat" in question else "The result is 4.17"
 
-    results = evaluate(Reader(answer), suite, tmp_path / "r", seeds=1, weights="w")
+def mmmu_answer(pixel, question: str) -> str:
+    assert "<image" not in question
+    return "(B)" if "A. a cat" in question else "The result is 4.17"
+
+
+def test_mmmu_leaves_what_a_policy_cannot_be_asked_without_a_score(
+    mmmu: dict[str, str], tmp_path: Path
+) -> None:
+    suite = load_suite("mmmu", options=mmmu)
+    assert [task_of(r) for r in suite.records] == ["Art_Theory", "Art_Theory", "Math", "Math"]
+    results = evaluate(Reader(mmmu_answer), suite, tmp_path / "r", seeds=1, weights="w")
     assert results["published"] == pytest.approx(
         {"overall": 200 / 3, "Art_Theory": 50, "Math": 100}, abs=1e-4
     )
+    last = load_results(tmp_path / "r").samples[-1]
+    assert last["values"] == {"accuracy": None}
+    assert last["reason"] == (
+        "not supported: asked about 2 pictures, and the policy answers about one"
+    )
+    assert results["unscored"] == {"accuracy": 1}
     # an answer that names no choice is a draw, the same one every time
     drawn = [suite.score(["no idea"], record).values["accuracy"] for record in suite.records[:2]]
     assert drawn == [suite.score(["?"], record).values["accuracy"] for record in suite.records[:2]]
-    assert "3 questions instead of 900" in suite.not_comparable
+    assert "4 questions instead of 900" in suite.not_comparable
+
+
+def test_mmmu_asks_about_several_pictures_where_it_can(
+    mmmu: dict[str, str], tmp_path: Path
+) -> None:
+    class Comparer(Reader):
+        def answer_about(self, images, question: str) -> str:
+            assert [image.getpixel((0, 0)) for image in images] == [(255, 0, 0), (0, 0, 255)]
+            assert "in picture 1?\nA. picture 2\nB. y" in question
+            return "A"
+
+    suite = load_suite("mmmu", options=mmmu)
+    results = evaluate(Comparer(mmmu_answer), suite, tmp_path / "r", seeds=1, weights="w")
+    assert results["published"] == {"overall": 75.0, "Art_Theory": 50.0, "Math": 100.0}
 
 
 # --- a policy that cannot answer ------------------------------------------------------------------
@@ -269,7 +306,7 @@ def test_a_policy_that_answers_nothing_is_not_supported_and_never_zero(
     results = evaluate(Drawer(), suite, tmp_path / "r", seeds=1, weights="w")
     assert results["not_supported"] == "the policy answers no questions"
     assert results["overall"] == {"circular": None, "vanilla": None}
-    assert results["unscored"] == {"circular": 2, "vanilla": 2}
+    assert results["unscored"] == {"circular": 3, "vanilla": 3}
     assert "published" not in results
     assert summary(results)[1:] == ["  not supported: the policy answers no questions"]
     page = build_report([tmp_path / "r"], tmp_path / "report")

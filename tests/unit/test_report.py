@@ -157,6 +157,18 @@ def test_stage_shares(tmp_path: Path) -> None:
     assert training.steps == 40
 
 
+def test_hours_of_each_device_that_a_run_was_on(tmp_path: Path) -> None:
+    """A run that moved from one GPU to two, whose steps took half an hour each."""
+    gpu = {"event": "devices", "kind": "GPU", "device": "H100", "count": 1, "step": 0}
+    step = {"reward": 0.5, "seconds": {"update": 1800.0}}
+    rows = [gpu, {"step": 1, **step}, {**gpu, "count": 2, "step": 1}, {"step": 2, **step}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert load_training(tmp_path).device_hours == [("GPU-hours on H100", pytest.approx(1.5))]
+    page = build_report([], tmp_path / "report", tmp_path)
+    assert "1.5 GPU-hours on H100" in page.read_text()
+    assert "The steps took 1.5 GPU-hours on H100." in (page.parent / "report.md").read_text()
+
+
 def test_one_result_alone(tmp_path: Path) -> None:
     page = build_report([results(tmp_path / "a")], tmp_path / "out").read_text()
     assert "Improved" not in page

@@ -87,6 +87,68 @@ def test_interval_of_a_mean_over_tasks_covers_the_truth() -> None:
     assert 0.91 <= covered / runs <= 0.985
 
 
+SIZES = (6, 6, 6, 10, 12, 40, 40)
+
+
+def draw_scores(rng: np.random.Generator, own: np.ndarray) -> np.ndarray:
+    """1 with each prompt's own probability, else uniform: mean (1 + own) / 2."""
+    return np.where(rng.random(own.shape) < own, 1.0, rng.random(own.shape))
+
+
+def draw_counts(rng: np.random.Generator, own: np.ndarray) -> np.ndarray:
+    return rng.poisson(own).astype(float)
+
+
+@pytest.mark.parametrize(
+    ("draw", "rates"),
+    [
+        # In most tasks nearly all pictures have the same value.
+        (draw_scores, (0.98, 0.98, 0.98, 0.98, 0.9, 0.5, 0.7)),
+        (draw_counts, (0.01, 0.01, 0.02, 0.02, 0.1, 0.3, 0.2)),
+    ],
+)
+def test_scores_and_counts_cover_the_truth_where_many_tasks_agree(draw, rates) -> None:
+    rng = np.random.default_rng(5)
+    runs, seeds = 250, 4
+    truth = np.mean(rates if draw is draw_counts else [(1 + rate) / 2 for rate in rates])
+    clusters = [c for size in SIZES for c in range(size) for _ in range(seeds)]
+    tasks = [t for t, size in enumerate(SIZES) for _ in range(size * seeds)]
+    covered = excluded = rejected = agreeing = 0
+    for run in range(runs):
+        parts = zip(rates, SIZES, strict=True)
+        own = [
+            rng.gamma(4, rate / 4, size) if draw is draw_counts
+            else rng.beta(4 * rate, 4 * (1 - rate), size)
+            for rate, size in parts
+        ]  # fmt: skip
+        pictures = np.concatenate(own).repeat(seeds)
+        before, after = draw(rng, pictures), draw(rng, pictures)
+        agreeing += np.ptp(before[: 6 * seeds]) == 0
+        score = mean_interval(before, clusters, tasks, resamples=400, seed=run)
+        change = paired_difference(before, after, clusters, tasks, resamples=400, seed=run)
+        covered += score.low <= truth <= score.high
+        excluded += not change.low <= 0 <= change.high
+        rejected += change.p_value <= 0.05
+    assert agreeing / runs > 0.3  # else this shows nothing
+    assert covered / runs >= 0.90  # 0.95 less three standard errors and finite resamples
+    assert excluded / runs <= 0.09
+    assert rejected / runs <= 0.09
+
+
+def test_tasks_without_extra_objects_do_not_drown_what_the_others_show() -> None:
+    """Seven tasks, five of which never show an extra object: the interval follows the other two."""
+    rng = np.random.default_rng(0)
+    before, clusters, tasks = [], [], []
+    for task, size in enumerate(SIZES):
+        for cluster in range(size):
+            before += list(rng.poisson(0.6, 4) if task >= 5 else np.zeros(4))
+            clusters += [cluster] * 4
+            tasks += [task] * 4
+    found = paired_difference(before, np.zeros(len(before)), clusters, tasks)
+    assert found.p_value < 0.001
+    assert found.low < found.mean < found.high < 0
+
+
 def test_ignoring_the_clusters_would_cover_too_rarely() -> None:
     """The simulation above can fail: with every picture its own cluster the coverage collapses."""
     rng = np.random.default_rng(1)
