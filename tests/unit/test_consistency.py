@@ -162,6 +162,17 @@ def test_a_source_that_cannot_be_opened_costs_only_its_own_score(tmp_path):
         assert word in result.reason
 
 
+def test_a_source_under_the_window_of_ssim_costs_only_its_own_score():
+    small = Image.new("RGB", (48, 10), "white")
+    little, whole = consistency([SOURCE] * 2, [small, SOURCE], [REPLACE] * 2)
+    assert little.value is None
+    assert "48 x 10" in little.reason
+    assert whole.value == 0
+    eleven = Image.new("RGB", (48, 11), "white")
+    assert consistency([SOURCE], [eleven], [REPLACE])[0].value is not None
+    assert consistency([SOURCE], [small], [REPLACE], measures=["pixels"])[0].value is not None
+
+
 def test_whole_picture_and_outside_are_both_told():
     details = score(RIGHT_EDITS[0][1], REPLACE).details
     assert details["outside"]["ssim"] > details["whole"]["ssim"]
