@@ -1,6 +1,7 @@
 """The part of `atelier check` that calls the rewards."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -30,7 +31,8 @@ def of_recipe(loaded: "LoadedRecipe") -> "list[RewardTrial]":
     tasks = recipe.prompts.tasks
     drawn = None if tasks is None else [task for task, weight in tasks.items() if weight > 0]
     records = training_records(recipe.prompts.source, recipe.prompts.split, drawn)
-    return _try([spec_from(f.model_dump()) for f in recipe.rewards.functions], records)
+    specs = [spec_from(f.model_dump()) for f in recipe.rewards.functions]
+    return _try(specs, records, Path(recipe.prompts.source).parent)
 
 
 def of_file(use: str, arguments: Sequence[str]) -> "list[RewardTrial]":
@@ -38,17 +40,19 @@ def of_file(use: str, arguments: Sequence[str]) -> "list[RewardTrial]":
     from cli import reward_arguments
     from rewards.spec import RewardSpec
 
-    args = reward_arguments.parse(arguments).get("", {})
+    args = reward_arguments.parse(arguments, option="").get("", {})
     return _try([RewardSpec(use, args=args)], [_RECORD])
 
 
-def _try(specs: "list[RewardSpec]", records: list[dict[str, Any]]) -> "list[RewardTrial]":
+def _try(
+    specs: "list[RewardSpec]", records: list[dict[str, Any]], folder: Path | None = None
+) -> "list[RewardTrial]":
     from cli import console
     from rewards.checks import try_rewards
 
     with console.progress() as progress:
         progress.start("rewards", None)  # a reward may load a large model
-        trials = try_rewards(specs, records)
+        trials = try_rewards(specs, records, folder)
         progress.finish("rewards")
     return trials
 

@@ -60,7 +60,11 @@ def register(app: typer.Typer) -> None:
         logging.getLogger("atelier.rewards").addHandler(logging.NullHandler())
         records = image_records(source, prompt)
         kept = ScoreCache(cache) if cache else None
-        with console.progress() as progress, RewardRunner(specs, cache=kept) as runner:
+        beside = source if source.is_dir() else source.parent
+        with (
+            console.progress() as progress,
+            RewardRunner(specs, folder=beside, cache=kept) as runner,
+        ):
             runner.check_records(records)
             folder.mkdir(parents=True, exist_ok=True)
             rows, summaries = score_images(records, runner, folder / "scores.jsonl", progress)

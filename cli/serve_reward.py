@@ -38,6 +38,8 @@ def register(app: typer.Typer) -> None:
                 f"{host} can be reached from other machines, and no token is asked for.\n"
                 "    Fix: --token-file FILE, or --host 127.0.0.1"
             )
+        import socket
+
         import uvicorn
 
         from rewards.remote import read_token
@@ -46,10 +48,19 @@ def register(app: typer.Typer) -> None:
         token = None if token_file is None else read_token(token_file)
         args = reward_arguments.parse(arg or []).get("", {})
         spec = RewardSpec(name, args=args, timeout_s=timeout, workers=workers)
-        with RewardRunner([spec]) as runner:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        try:
+            listening = socket.create_server((host, port), family=family)
+        except OSError as error:
+            raise UsageError(
+                f"{host}:{port} cannot be listened at: {error.strerror}.\n"
+                "    Fix: --port with one that is free, --host with an address of this machine"
+            ) from error
+        with listening, RewardRunner([spec]) as runner:
             service = build_app(runner, token, Limits(max_mb * 2**20, max_images))
             shown = f"[{host}]" if ":" in host else host
             console.say(f"serving {runner.names[0]} at http://{shown}:{port}", style="bold green")
             facts = [("token", "asked for" if token else "none: this machine alone")]
             console.pairs([*facts, ("end", "Ctrl-C")])
-            uvicorn.run(service, host=host, port=port, log_level="warning", server_header=False)
+            config = uvicorn.Config(service, log_level="warning", server_header=False)
+            uvicorn.Server(config).run([listening])

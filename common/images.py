@@ -12,6 +12,8 @@ FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_BYTES = 64 * 2**20
 MAX_SIDE = 16_384
 MAX_PIXELS = 2**26
+MAX_RATIO = 100
+"""Networks scale the shorter side up: a picture of 16,384 x 1 pixels would take gigabytes."""
 _MODES = {"1", "L", "P", "RGB", "LA", "PA", "RGBA"}
 _UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
 """What Pillow raises for a damaged file; SyntaxError is its word for a broken PNG chunk."""
@@ -22,8 +24,8 @@ def open_image(source: Path | bytes, name: str | None = None) -> Image.Image:
 
     Transparent pixels are laid over white, as viewers show them. `name` stands in messages. Raises
     DataError for what is empty, over 64 MiB, damaged, cut off, animated, wider or higher than
-    16,384 pixels, over 2^26 pixels in all, in a colour space other than grey, palette and RGB, or
-    no PNG, JPEG or WebP.
+    16,384 pixels, over 2^26 pixels in all, over 100 times as long as wide, in a colour space other
+    than grey, palette and RGB, or no PNG, JPEG or WebP.
     """
     name = name or (str(source) if isinstance(source, Path) else "the picture")
     try:
@@ -63,6 +65,8 @@ def refusal(image: Any) -> str | None:
         return "it has no pixels"
     if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
         return f"it is {width} x {height} pixels; {MAX_SIDE} a side and {MAX_PIXELS} are allowed"
+    if max(width, height) > MAX_RATIO * min(width, height):
+        return f"it is {width} x {height} pixels: over {MAX_RATIO} times as long as wide"
     if image.mode not in _MODES:
         return f"its colour mode is {image.mode}; convert it to RGB"
     try:

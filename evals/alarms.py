@@ -63,10 +63,11 @@ def headline(row: Row) -> str | None:
 
 
 def _unscored(newest: Row) -> str | None:
+    why = next(iter(newest.get("missing_reasons", {})), "look at the reward's own messages")
     if "reward" in newest and newest["reward"] is None:
-        return "no picture of the newest step has a reward: look at the reward's own messages"
+        return f"no picture of the newest step has a reward: {why}"
     if missing := newest.get("missing_rewards"):
-        return f"{missing:g} pictures of the newest step could not be scored"
+        return f"{missing:g} pictures of the newest step could not be scored: {why}"
     return None
 
 

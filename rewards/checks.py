@@ -36,6 +36,7 @@ def try_rewards(
     """Check all prompt records, then call each reward once, by itself, on four synthetic pictures.
 
     The pictures (grey, a gradient, a red disc, noise) go with the first records, in turn.
+    `folder` is where the prompt file is (see `RewardRunner`).
     Raises RewardError if a reward cannot be loaded or a record cannot be scored (it is named);
     exceptions, a wrong length, NaN, a wrong type or a timeout in the call are `problems`.
     """

@@ -1,6 +1,6 @@
 """The reward for editing: was what was asked changed, and nothing else?"""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from rewards.plugins import reward
 MEASURES = ("pixels", "ssim", "lpips", "clip", "dino")
 _MARGIN = 1 / 24
 """By how much of the picture the box of a changed object is widened on every side."""
+_SSIM_WINDOW = 11
+"""Of Wang et al. 2004; a smaller one would be another measure."""
 _ROOM = 0.5
 """Share of the picture that changed objects may take up where no region was given."""
 
@@ -35,7 +37,7 @@ def check_record(
         name = record.get("prompt_id") or record.get("prompt")
         raise RewardError(
             f"prompt record `{name}`: source: no file {source}. Fix: give the path of the picture "
-            "to edit, in full or relative to the working directory."
+            "to edit, in full or relative to the prompt file."
         )
 
 
@@ -63,7 +65,7 @@ def consistency(
 
     `source` holds the pictures before the edit, or their paths; an edited picture of another size
     is scaled to its source's. Detections of at least `min_score` count. A source that cannot be
-    opened or a record that describes no edit scores None.
+    opened or is too small for `ssim` (11 pixels) and a record that describes no edit score None.
 
     Measures, 1 for equal pictures: `pixels` (share of pixels that changed by no more than 20 of
     255), `ssim`, `lpips` (1 - distance), `clip` and `dino` (cosine of the features). The last three
@@ -81,7 +83,9 @@ def consistency(
     for index, (image, before, asked) in enumerate(zip(images, source, metadata, strict=True)):
         try:
             check_edit({"prompt": "of this picture", "metadata": asked}, None, None)
-            pairs[index] = _pair(image, before)
+            pair = _pair(image, before)
+            _refuse_small(pair[0].size, compare)
+            pairs[index] = pair
         except AtelierError as error:
             scores[index] = Score(None, str(error))
     found = iter(judge.detect([picture for pair in pairs.values() for picture in pair]))
@@ -186,6 +190,14 @@ def _pair(image: Image.Image, source: Image.Image | str) -> tuple[Image.Image, I
         before = ImageOps.exif_transpose(source).convert("RGB")
     after = image.convert("RGB")
     return before, after if after.size == before.size else after.resize(before.size)
+
+
+def _refuse_small(size: tuple[int, int], measures: Collection[str]) -> None:
+    if "ssim" in measures and min(size) < _SSIM_WINDOW:
+        raise RewardError(
+            f"the source is {size[0]} x {size[1]} pixels, and ssim compares windows of "
+            f"{_SSIM_WINDOW} x {_SSIM_WINDOW}. Fix: leave `ssim` out of `measures`."
+        )
 
 
 def _with_colors(

@@ -1,6 +1,7 @@
 """The contract of a reward function, and the object that calls one with the columns it asks for."""
 
 import inspect
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,7 +43,8 @@ class Traits:
     """What the `reward` decorator says about a function.
 
     `whole_batch`: scores depend on the other pictures of the call, so the batch is never split.
-    `paths`: columns whose text it opens as files; a server refuses text there.
+    `paths`: columns whose text it opens as files; a server refuses text there. `paths_argument`
+    names an argument that lists further ones.
     `cacheable`: scores of the same input stay the same, so they may be kept.
     """
 
@@ -50,6 +52,7 @@ class Traits:
     check: RecordCheck | None = None
     whole_batch: bool = False
     paths: tuple[str, ...] = ()
+    paths_argument: str = ""
     cacheable: bool = True
 
 
@@ -71,9 +74,9 @@ class RewardFunction:
         self.function = function
         self.name = traits.name
         self.whole_batch = traits.whole_batch
-        self.paths = traits.paths
         self.cacheable = traits.cacheable and not traits.whole_batch
         self.args = dict(args)
+        self.paths = (*traits.paths, *self.args.get(traits.paths_argument, ()))
         self._check = traits.check
         parameters = inspect.signature(function).parameters
         named = {name: p for name, p in parameters.items() if p.kind in _NAMED}
@@ -116,7 +119,12 @@ class RewardFunction:
         else:
             wanted = self._declared & set(available)
         chosen = {name: available[name] for name in wanted - self._options}
-        return self.function(**(chosen | self.args))
+        process = os.getpid()
+        try:
+            return self.function(**(chosen | self.args))
+        finally:
+            if os.getpid() != process:  # a fork of the reward's must not answer in our place, too
+                os._exit(0)
 
     def sees(self, column: str) -> bool:
         """Return whether a column of this name reaches the function."""
@@ -135,9 +143,11 @@ class RewardFunction:
         missing = [name for name in self.required_columns if name not in record]
         if missing:
             name = record.get("prompt_id") or record.get("prompt")
+            # A reward with a check judges records one by one: no argument is right for all.
+            fix = "" if self._check else ", or give it under `args` if it is the same for all"
             raise RewardError(
                 f"prompt record `{name}`: no `{missing[0]}`, which reward `{self.name}` needs. "
-                "Fix: add it to the record or give it under `args`."
+                f"Fix: add it to the prompt record{fix}."
             )
         if self._check is not None:
             known = inspect.signature(self._check).parameters

@@ -2,6 +2,7 @@
 
 import asyncio
 import concurrent.futures
+import contextlib
 import inspect
 import sys
 import threading
@@ -14,10 +15,15 @@ import numpy as np
 from PIL import Image
 
 from rewards.contract import RewardFunction
-from rewards.outcomes import NotCalled, Outcome, Patience, outcome_of, told, too_late
+from rewards.outcomes import Outcome, Patience, outcome_of, told, too_late
 
-_MAX_LEFT_BEHIND = 3
-_BLOCKED = NotCalled(f"{_MAX_LEFT_BEHIND} earlier calls have not come back, so it is not called")
+_MAX_LEFT_BEHIND = 32
+"""Each is a thread that nothing can stop. One that waits costs little, but one that computes in
+Python takes its share of the interpreter from the whole run until the run ends."""
+_BLOCKED = (
+    f"{_MAX_LEFT_BEHIND} earlier calls have not come back, so it is not called until one does. "
+    "Fix: run it with `workers: 1`, where such calls are ended"
+)
 _BLOCKED_AFTER = 2.0
 """An async call is cancelled at its time limit. If it has not ended at this many times the limit,
 it blocks the thread instead of awaiting, and is left behind."""
@@ -35,10 +41,10 @@ class Call:
 class Host(Protocol):
     """Runs the calls of one reward."""
 
-    def run(self, calls: Sequence[Call]) -> list[Outcome]:
+    def run(self, calls: Sequence[Call], patience: Patience) -> list[Outcome]:
         """Return what each call came to, in order; nothing that a reward does is raised.
 
-        When too many calls did not come back (`Patience`), no further ones are made (`NotCalled`).
+        Once `patience` is over, no further calls are made.
         """
 
     def close(self) -> None:
@@ -47,6 +53,9 @@ class Host(Protocol):
 
 class ThreadHost:
     """Runs the calls of one reward, plain functions in turn and coroutines together.
+
+    When a coroutine blocked the thread instead of awaiting, the calls after it are made in turn
+    too, so that it takes no others along.
 
     One event loop is kept for all calls, so that a client made at the first call (an HTTP session)
     still works at the next one. On a GPU, the thread's work goes to a CUDA stream of its own, so
@@ -58,11 +67,12 @@ class ThreadHost:
         self._timeout_s = timeout_s
         self._loop: _Loop | None = None
         self._left_behind: list[_Loop] = []
+        self._blocked = False
 
-    def run(self, calls: Sequence[Call]) -> list[Outcome]:
+    def run(self, calls: Sequence[Call], patience: Patience) -> list[Outcome]:
         """Return what each call came to, in order."""
         results: list[Any] = [None] * len(calls)
-        patience = Patience()
+        in_turn, self._blocked = self._blocked, False
         awaited: list[tuple[int, _Loop, concurrent.futures.Future[Any]]] = []
         for index, call in enumerate(calls):
             loop = self._ready_loop()
@@ -71,11 +81,13 @@ class ThreadHost:
                 continue
             value = self._finish(loop, loop.submit(_called(self._function, call)), self._timeout_s)
             if inspect.isawaitable(value):
-                waiting = _awaited(value, len(call.images), self._timeout_s)
-                awaited.append((index, loop, loop.submit(waiting)))
-            else:
-                results[index] = value
-                patience.note(value)
+                future = loop.submit(_awaited(value, len(call.images), self._timeout_s))
+                if not in_turn:
+                    awaited.append((index, loop, future))
+                    continue
+                value = self._finish(loop, future, _BLOCKED_AFTER * self._timeout_s)
+            results[index] = value
+            patience.note(value)
         # One limit for all, since they wait together: a loop that is blocked ends none of them.
         end = time.monotonic() + _BLOCKED_AFTER * self._timeout_s
         for index, loop, future in awaited:
@@ -94,12 +106,15 @@ class ThreadHost:
             return "it was cancelled" if future.cancelled() else future.result()
         loop.stop()
         self._left_behind.append(loop)
+        self._blocked = True
         if self._loop is loop:
             self._loop = None
         return too_late(self._timeout_s)
 
     def _ready_loop(self) -> "_Loop | None":
         self._left_behind = [loop for loop in dict.fromkeys(self._left_behind) if loop.alive]
+        if self._loop is not None and not self._loop.alive:
+            self._loop = None
         if self._loop is None and len(self._left_behind) < _MAX_LEFT_BEHIND:
             self._loop = _Loop(f"reward-{self._function.name}")
         return self._loop
@@ -119,13 +134,18 @@ class _Loop:
         return self._thread.is_alive()
 
     def submit(self, coroutine: Any) -> "concurrent.futures.Future[Any]":
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        try:
+            return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        except RuntimeError:  # the reward has stopped it, and it is closed
+            coroutine.close()
+            return concurrent.futures.Future()  # of a call that does not come back
 
     def stop(self) -> None:
         """End the thread once the call it is in has come back."""
         if not self._stopped:
             self._stopped = True
-            self._loop.call_soon_threadsafe(self._loop.stop)
+            with contextlib.suppress(RuntimeError):  # as above
+                self._loop.call_soon_threadsafe(self._loop.stop)
 
     def _run(self) -> None:
         self._loop.run_forever()
@@ -147,9 +167,9 @@ async def _called(function: RewardFunction, call: Call) -> Any:
         images = [image.copy() for image in call.images]
         value = function(images, list(call.prompts), **columns)
         return value if inspect.isawaitable(value) else outcome_of(value, len(call.images))
-    except (KeyboardInterrupt, asyncio.CancelledError):
+    except asyncio.CancelledError:
         raise
-    except BaseException as error:  # a panic of a Rust library is no Exception
+    except BaseException as error:  # a panic of a Rust library is no Exception; Ctrl-C is not here
         return told(error)
 
 
@@ -158,7 +178,7 @@ async def _awaited(awaitable: Any, length: int, timeout_s: float) -> Outcome:
     try:
         async with limit:
             return outcome_of(await awaitable, length)
-    except (KeyboardInterrupt, asyncio.CancelledError):
+    except asyncio.CancelledError:
         raise
     except BaseException as error:
         # A TimeoutError of the reward's own (a server that did not answer) keeps its message.
@@ -168,7 +188,9 @@ async def _awaited(awaitable: Any, length: int, timeout_s: float) -> Outcome:
 def _use_own_stream() -> None:
     """Give this thread a CUDA stream of its own, once, where torch is in use on a GPU."""
     torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_available():
+    if torch is None or getattr(torch.__spec__, "_initializing", False):  # another thread loads it
+        return
+    if not torch.cuda.is_available():
         return
     if torch.cuda.current_stream() == torch.cuda.default_stream():
         torch.cuda.set_stream(torch.cuda.Stream())

@@ -6,14 +6,15 @@ Answers are cached on disk, failed requests are repeated, what was spent is coun
 import asyncio
 import base64
 import hashlib
+import inspect
 import io
 import json
 import logging
 import os
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
 from PIL import Image
@@ -43,6 +44,7 @@ class JudgeFailure(Exception):
 
 
 Parse = Callable[[str], dict[str, Any] | None]
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 @dataclass
@@ -66,12 +68,17 @@ class Judge:
     timeout_s: float = 60.0
     concurrency: int = 8
     cache: str | None = None
-    usd_per_million: tuple[float, float] = (0.0, 0.0)
+    usd_per_million: Sequence[float] = (0.0, 0.0)
     budget_usd: float | None = None
-    cost: Cost = field(default_factory=Cost)
+    cost: Cost = field(default_factory=Cost, init=False)
 
     def __post_init__(self) -> None:
-        """Raise RewardError unless a request may be under way at all."""
+        """Raise RewardError for prices that are not two, and if no request may be under way."""
+        if len(self.usd_per_million) != 2:
+            raise RewardError(
+                f"judge at {self.base_url}: usd_per_million is {self.usd_per_million}. Fix: write "
+                "the price of input and of output tokens."
+            )
         if self.concurrency < 1:
             raise RewardError(
                 f"judge at {self.base_url}: concurrency is {self.concurrency}. Fix: write an "
@@ -189,7 +196,7 @@ class Judge:
         return Path(self.cache) / digest[:2] / f"{digest}.json"
 
 
-_JUDGES: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[Hashable, Judge]] = WeakKeyDictionary()
+_JUDGES: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, Judge]] = WeakKeyDictionary()
 """The judges of each event loop. The runner gives each reward a loop of its own for all its calls,
 so calls that run side by side share a judge, and other rewards and runs have others."""
 
@@ -197,10 +204,23 @@ so calls that run side by side share a judge, and other rewards and runs have ot
 def shared_judge(**args: Any) -> Judge:
     """Return the running event loop's judge with these arguments: its costs add up over calls."""
     judges = _JUDGES.setdefault(asyncio.get_running_loop(), {})
-    key = tuple(args.items())
+    key = json.dumps(args, default=str)
     if key not in judges:
         judges[key] = Judge(**args)
     return judges[key]
+
+
+def with_judge(function: _Function) -> _Function:
+    """Let a reward that hands its `**judge` to `shared_judge` declare what `Judge` takes.
+
+    A reward's arguments are read from its signature, and columns must not fill them.
+    """
+    signature = inspect.signature(function)
+    own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    judge = inspect.signature(Judge).parameters.values()
+    options = [parameter.replace(kind=parameter.KEYWORD_ONLY) for parameter in judge]
+    function.__signature__ = signature.replace(parameters=[*own, *options])  # type: ignore[attr-defined]
+    return function
 
 
 def parse_object(text: str) -> dict[str, Any] | None:

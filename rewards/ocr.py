@@ -31,8 +31,6 @@ _LINE_WIDTH = 144
 """Recogniser's input in pixels. Longer lines widen it; RapidOCR's own 320 is slow for a word."""
 _MOST_ORDERED = 4
 """Quoted strings that may stand in any order: 4 can in 24, 5 could in 120."""
-_MOST_PIXELS = 2**24
-"""Of an enlarged picture, 48 MiB: one of 16384 x 1 pixels would take gigabytes."""
 _ENGINE_LOCK = threading.Lock()
 
 
@@ -60,7 +58,7 @@ def ocr(
     threads: int = 1,
 ) -> list[Score]:
     """Return the published score in [0, 1] for each picture; None for a prompt without quotes or
-    with an odd number of ", and for a picture too long and thin to be enlarged.
+    with an odd number of ".
 
     With several quoted strings the score is their mean, weighted by length, each taking the better
     of the whole text and its best single line.
@@ -77,19 +75,13 @@ def ocr(
     (text, score, and box [left, top, right, bottom] in pixels where it was looked for), size.
     """
     arrays = [_enlarged(image, min_side) for image in images]
-    usable = [array for array in arrays if array is not None]
     if box is None:
-        lines = iter([_read_page(array, min_confidence, threads) for array in usable])
+        lines = [_read_page(array, min_confidence, threads) for array in arrays]
     else:
-        crops = [_crop(array, box) for array in usable]
-        lines = iter(_read_lines(crops, min_confidence, threads))
+        crops = [_crop(array, box) for array in arrays]
+        lines = _read_lines(crops, min_confidence, threads)
     scores = []
-    for image, array, prompt in zip(images, arrays, prompts, strict=True):
-        if array is None:
-            size = f"{image.width} x {image.height}"
-            scores.append(Score(None, f"a picture of {size} pixels is too thin to be read"))
-            continue
-        found = next(lines)
+    for image, array, prompt, found in zip(images, arrays, prompts, lines, strict=True):
         if problem := _unclear(prompt):
             scores.append(Score(None, f"the prompt `{prompt}` {problem}"))
             continue
@@ -181,11 +173,8 @@ def _engine(threads: int) -> "RapidOCR":
     )
 
 
-def _enlarged(image: Image.Image, min_side: int) -> np.ndarray | None:
-    """Return the picture as BGR uint8 [H, W, 3], its shorter side at least `min_side`.
-
-    None if it is so long and thin that it would be enlarged to more than `_MOST_PIXELS`.
-    """
+def _enlarged(image: Image.Image, min_side: int) -> np.ndarray:
+    """Return the picture as BGR uint8 [H, W, 3], its shorter side at least `min_side`."""
     import cv2
 
     array = np.ascontiguousarray(np.asarray(image.convert("RGB"))[:, :, ::-1])
@@ -193,8 +182,6 @@ def _enlarged(image: Image.Image, min_side: int) -> np.ndarray | None:
     if scale <= 1:
         return array
     size = (round(array.shape[1] * scale), round(array.shape[0] * scale))
-    if size[0] * size[1] > _MOST_PIXELS:
-        return None
     return np.asarray(cv2.resize(array, size, interpolation=cv2.INTER_CUBIC))
 
 

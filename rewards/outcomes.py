@@ -5,6 +5,7 @@ import math
 import sys
 import traceback
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from rewards.contract import Score
 
 
 class BrokenContract(str):
-    """The reason for a call whose return value has the wrong type or length.
+    """The reason for a call whose return value is no list, or a list of one for several pictures.
 
     Such a function is not asked again picture by picture: of one picture, a function that returns
     the mean of its batch looks as if it kept the contract.
@@ -27,36 +28,33 @@ class Lost(str):
     """
 
 
-class NotCalled(str):
-    """The reason for pictures that the reward was not asked about."""
-
-
 class Patience:
-    """How many calls of a round may be lost, in a row or in all, before no more are made.
+    """How many calls of a round may be lost before no more are made.
 
-    A reward that hangs so costs a few time limits, and a few pictures on which one hangs only
-    their own scores.
+    After `least` lost calls the reward is given up unless more calls came back than were lost. So
+    pictures on which a reward hangs cost only their own scores, however many they are, while one
+    that hangs on everything costs `least` time limits.
     """
 
-    def __init__(self, in_a_row: int = 3, in_all: int = 10) -> None:
-        self._in_a_row, self._in_all = in_a_row, in_all
-        self._row = self._all = 0
+    def __init__(self, least: int) -> None:
+        self._least = least
+        self._lost = self._back = 0
 
     @property
     def over(self) -> bool:
         """Whether no further call should be made."""
-        return self._row >= self._in_a_row or self._all >= self._in_all
+        return self._lost >= self._least and self._lost > self._back
 
     def note(self, outcome: Any) -> None:
         """Count the outcome of a call."""
         lost = isinstance(outcome, Lost)
-        self._row = self._row + 1 if lost else 0
-        self._all += lost
+        self._lost += lost
+        self._back += not lost
 
     @property
-    def reason(self) -> NotCalled:
+    def reason(self) -> str:
         """Why there is no further call."""
-        return NotCalled(f"{self._all} calls did not come back, so it was not called again")
+        return f"{self._lost} calls did not come back, so it was not called again"
 
 
 Outcome = list[Score] | str
@@ -70,8 +68,9 @@ def outcome_of(value: Any, length: int) -> Outcome:
     if not isinstance(value, list | tuple):
         return BrokenContract(f"it returned {type(value).__name__} instead of a list of scores")
     if len(value) != length:
-        return BrokenContract(f"it returned {len(value)} scores for {length} images")
-    return [_one_score(item) for item in value]
+        reason = f"it returned {len(value)} scores for {length} images"
+        return BrokenContract(reason) if len(value) == 1 else reason
+    return [_one_score(item) for item in islice(value, length)]
 
 
 def told(error: BaseException) -> str:
@@ -80,7 +79,10 @@ def told(error: BaseException) -> str:
         return _writable(str(error))
     if isinstance(error, SystemExit):
         return f"it called sys.exit({error.code})"
-    text = _writable(f"{type(error).__name__}: {error}")
+    try:
+        text = _writable(f"{type(error).__name__}: {error}")
+    except Exception:  # its own __str__ may do anything
+        text = type(error).__name__
     frames = traceback.extract_tb(error.__traceback__)
     return f"{text} ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else text
 

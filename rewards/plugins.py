@@ -54,6 +54,7 @@ def reward(
     check: RecordCheck | None = None,
     whole_batch: bool = False,
     paths: tuple[str, ...] = (),
+    paths_argument: str = "",
     cacheable: bool = True,
 ) -> Callable[[_Function], _Function]:
     """Register a function as the reward `name`; the function itself is returned unchanged.
@@ -63,13 +64,16 @@ def reward(
     `check(record, **args)` raises RewardError for a prompt record that cannot be scored; it runs
     before a run starts. Set `whole_batch` if the score of a picture depends on the others of the
     call (a diversity reward): it then gets all pictures at once and is never called again singly.
-    Name under `paths` the columns whose text it opens as files: a server refuses text there, so
-    that nobody reads the server's files, and a score cache notices a file that was replaced. Say
-    `cacheable=False` if scores depend on what cannot be seen here (the reward behind a server).
+    Name under `paths` the columns whose text it opens as files, and as `paths_argument` an argument
+    that lists further ones: relative paths then start at the prompt file, a server refuses text
+    there, so that nobody reads the server's files, and a score cache notices a file that was
+    replaced. Say `cacheable=False` if scores depend on what cannot be seen here (the reward behind
+    a server).
     """
 
     def decorate(function: _Function) -> _Function:
-        setattr(function, _TRAITS, Traits(name, check, whole_batch, paths, cacheable))
+        traits = Traits(name, check, whole_batch, paths, paths_argument, cacheable)
+        setattr(function, _TRAITS, traits)
         place = f"{function.__module__}:{function.__qualname__}"
         slot = _SLOTS.get(name)
         if _BUILT_IN.get(name) == place or place.startswith(_FILE_MODULE):
@@ -152,7 +156,7 @@ def _run_file(path: Path) -> ModuleType:
     sys.modules[name] = module  # dataclasses and pickle look their module up while it runs
     try:
         loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise RewardError(
             f"{path} fails when run: {type(error).__name__}: {error}. Fix: run it with Python "

@@ -50,7 +50,7 @@ class _Server:
 _SERVERS: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, _Server]] = WeakKeyDictionary()
 
 
-@reward(name="remote", cacheable=False)
+@reward(name="remote", paths_argument="pictures", cacheable=False)
 async def remote(
     images: Sequence[Image.Image],
     prompts: Sequence[str],
@@ -65,9 +65,10 @@ async def remote(
 
     `servers` are addresses such as http://127.0.0.1:8765, all with the same reward. Each call goes
     to the one with the fewest calls under way; batches of one run so spread over all, and at most
-    two at a time are sent to each. One that cannot be reached or takes longer than
-    `server_timeout_s` is passed over, three rounds in all; so is a busy one (503), but the last one
-    of a round is asked again at the pace it wants (Retry-After) for up to `server_timeout_s`.
+    two at a time are sent to each. One that cannot be reached, takes longer than `server_timeout_s`
+    or answers with something else is passed over, three rounds in all; so is a busy one (503), but
+    the last one of a round is asked again at the pace it wants (Retry-After) for up to
+    `server_timeout_s`.
     `token_file` holds the bearer token. `pictures` names columns that hold paths of pictures (the
     `source` of an edit): the pictures are sent instead, since servers open no paths.
     Raises RewardError if no server answers or one refuses the request.
@@ -82,7 +83,7 @@ async def remote(
     async with httpx.AsyncClient(
         verify=_tls(), trust_env=False, headers=headers, timeout=timeout
     ) as client:
-        return _scores(await _ask(client, pool, body, server_timeout_s))
+        return await _ask(client, pool, body, len(images), server_timeout_s)
 
 
 def read_token(file: Path) -> str:
@@ -97,9 +98,9 @@ def read_token(file: Path) -> str:
 
 
 async def _ask(
-    client: httpx.AsyncClient, pool: Sequence[_Server], body: bytes, busy_seconds: float
-) -> Any:
-    """Return the first answer of a server; RewardError if there is none."""
+    client: httpx.AsyncClient, pool: Sequence[_Server], body: bytes, count: int, seconds: float
+) -> list[Score]:
+    """Return the first `count` scores that a server answers with; RewardError if none does."""
     problem = "`servers` is empty"
     for pause in _PAUSES if pool else ():
         await asyncio.sleep(pause)
@@ -115,16 +116,16 @@ async def _ask(
                     if untried and server.rests_until > rested_until:  # it failed meanwhile
                         untried.append(server)
                         continue
-                    patience = 0.0 if untried else busy_seconds
-                    answer = await _post(client, f"{server.url}/score", body, patience)
-            except (httpx.HTTPError, httpx.InvalidURL) as error:
+                    url, patience = f"{server.url}/score", 0.0 if untried else seconds
+                    answer = await _post(client, url, body, seconds, patience)
+                if answer.status_code == 200:
+                    return _scores(answer, count)
+            except (httpx.HTTPError, httpx.InvalidURL, TimeoutError) as error:
                 server.rests_until = time.monotonic() + _REST_SECONDS
                 problem = f"{server.url}: {type(error).__name__} {error}".rstrip()
                 continue
             finally:
                 server.busy -= 1
-            if answer.status_code == 200:
-                return answer
             problem = f"{server.url} answered {answer.status_code}: {answer.text[:200]}"
             if answer.status_code < 500:
                 raise RewardError(problem)
@@ -132,12 +133,16 @@ async def _ask(
 
 
 async def _post(
-    client: httpx.AsyncClient, url: str, body: bytes, busy_seconds: float
+    client: httpx.AsyncClient, url: str, body: bytes, seconds: float, busy_seconds: float
 ) -> httpx.Response:
-    """Return a server's answer; while it is busy, it is asked again for up to `busy_seconds`."""
+    """Return a server's answer; while it is busy, it is asked again for up to `busy_seconds`.
+
+    Raises TimeoutError for one that is not there in `seconds`, however steadily it trickles in.
+    """
     end = time.monotonic() + busy_seconds
     while True:
-        answer = await client.post(url, content=body)
+        async with asyncio.timeout(seconds):
+            answer = await client.post(url, content=body)
         wait = _retry_after(answer)
         if answer.status_code != 503 or time.monotonic() + wait > end:
             return answer
@@ -150,12 +155,14 @@ def _retry_after(answer: httpx.Response) -> float:
     return max(0.1, float(seconds)) if seconds.isdecimal() else 1.0
 
 
-def _scores(answer: httpx.Response) -> list[Score]:
+def _scores(answer: httpx.Response, count: int) -> list[Score]:
     try:
         items = msgpack.unpackb(answer.content)["scores"]
+        if len(items) != count:
+            raise ValueError(f"{len(items)} for {count} images")
         return [Score(item["value"], str(item["reason"]), dict(item["details"])) for item in items]
     except (ValueError, TypeError, KeyError, msgpack.UnpackException) as error:
-        raise RewardError(f"{answer.url} did not answer with scores: {error!r}") from error
+        raise httpx.DecodingError(f"it did not answer with scores: {error!r}") from error
 
 
 def _packed(

@@ -5,22 +5,25 @@ time limit. What it returns is checked item by item. What could not be scored is
 reason logged.
 
 If a call fails as a whole (it raises or runs out of time), its pictures are tried once more, one at
-a time, so that one bad picture costs only its own score. After three calls in a row, or ten in all,
-that did not come back (they hung, or their process ended) the rest is not tried, so that a reward
-that hangs costs a few time limits and not one for each picture.
-That is sound for rewards that judge each picture by itself; one that compares the pictures of
-a call says so with `@reward(whole_batch=True)` and is never split.
+a time, so that a bad picture costs only its own score. That is sound for rewards that judge each
+picture by itself; one that compares the pictures of a call says so with `@reward(whole_batch=True)`
+and is never split.
+
+A call that did not come back (it hung, or its process ended) costs its time limit. After two such
+batches the pictures are tried singly, in shuffled order, and after eight such pictures the rest is
+given up unless more came back than did not. So a reward that always hangs costs ten time limits a
+round, and pictures on which it hangs cost only their own scores, up to half of the round.
 
 A reward that has given no picture a score three times in a row (a judge that is down) is first
 tried on up to three pictures, and asked for the rest only if one of them gets a score.
 
-A Python thread cannot be stopped. A call that runs out of time in one is left behind; after three
-such calls that have not come back, the reward is not called again until one does. A process is
-killed and started anew.
+A Python thread cannot be stopped. A call that runs out of time in one is left behind; while 32
+such calls have not come back, the reward is not called. A process is killed and started anew.
 """
 
 import logging
 import math
+import random
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -37,7 +40,7 @@ from rewards.cache import ScoreCache, image_digest, reward_identity, score_key
 from rewards.composition import Composition
 from rewards.contract import RewardFunction, Score
 from rewards.hosting import Call, Host, ThreadHost
-from rewards.outcomes import BrokenContract, NotCalled, Outcome
+from rewards.outcomes import BrokenContract, Outcome, Patience
 from rewards.plugins import load_reward
 from rewards.spec import RewardSpec
 from rewards.workers import WorkerHost
@@ -48,6 +51,8 @@ _LOG = logging.getLogger("atelier.rewards")
 _BREAK_AFTER = 3
 """Rounds in a row without any score after which a reward is only probed."""
 _PROBES = 3
+_LOST_BATCHES = 2
+_LOST_SINGLY = 8
 
 
 @dataclass(frozen=True)
@@ -102,8 +107,9 @@ class _Batch:
 class RewardRunner:
     """Scores pictures with several rewards at once. Close it, or use it as a context manager.
 
-    `folder` is where "file.py:function" is looked up (default: the working directory). With a
-    `cache`, which the caller closes, pictures that a reward has scored before are not scored again.
+    Relative paths in columns that a reward opens start at `folder`, where the prompt file is
+    (default: the working directory). With a `cache`, which the caller closes, pictures that a
+    reward has scored before are not scored again.
     Raises RewardError for a reward that cannot be loaded and for names or gates that do not fit.
     """
 
@@ -119,15 +125,16 @@ class RewardRunner:
         if batch_size < 1:
             raise RewardError(f"batch_size is {batch_size}. Fix: write an integer of 1 or more.")
         self._batch_size = batch_size
+        self._folder = Path(folder or "")
         self._cache = cache
-        functions = [load_reward(_located(spec.use, folder), **spec.args) for spec in specs]
+        functions = [load_reward(spec.use, **spec.args) for spec in specs]
         names = _names(specs, functions)
         self._composition = Composition(dict(zip(names, specs, strict=True)))
         self._parts = [
             _Part(
                 name,
                 function,
-                _host(function, spec, folder),
+                _host(function, spec),
                 max(1, spec.workers),
                 reward_identity(function) if cache else "",
             )
@@ -161,9 +168,11 @@ class RewardRunner:
 
     def check_records(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Raise RewardError, naming the record, if some reward cannot score a prompt record."""
-        for part in self._parts:
-            for record in records:
-                part.function.check_record(record)
+        opened = self.path_columns
+        for record in records:
+            paths = {key: self._path(record[key]) for key in opened & record.keys()}
+            for part in self._parts:
+                part.function.check_record({**record, **paths})
 
     def score(
         self,
@@ -178,7 +187,7 @@ class RewardRunner:
         decides scheduled weights. Raises RewardError only if the lengths differ; whatever a reward
         does becomes a None with a reason.
         """
-        columns = columns or {}
+        columns = self._with_paths(columns or {})
         lengths = {"prompts": len(prompts), **{key: len(v) for key, v in columns.items()}}
         for key, length in lengths.items():
             if length != len(images):
@@ -208,9 +217,10 @@ class RewardRunner:
         Nothing is retried, so that a reward's own behaviour shows.
         """
         results = {}
+        call = Call(images, prompts, self._with_paths(columns))
         for part in self._parts:
             started = time.perf_counter()
-            [outcome] = part.host.run([Call(images, prompts, columns)])
+            [outcome] = part.host.run([call], Patience(1))
             results[part.name] = (outcome, time.perf_counter() - started)
         return results
 
@@ -225,6 +235,16 @@ class RewardRunner:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    def _with_paths(self, columns: Mapping[str, Sequence[Any]]) -> dict[str, Sequence[Any]]:
+        opened = self.path_columns
+        return {
+            key: list(map(self._path, values)) if key in opened else values
+            for key, values in columns.items()
+        }
+
+    def _path(self, value: Any) -> Any:
+        return str(self._folder / value) if isinstance(value, str) else value
 
     def _combined(self, scores: Sequence[Score], step: int) -> Scored:
         pairs = list(zip(self.names, scores, strict=True))
@@ -292,7 +312,7 @@ class RewardRunner:
         rest = [place for place in places if place not in scores]
         size = len(rest) if whole else self._size(len(rest), part.processes)
         judged, again = _call(part, batch, rest, size)
-        if not whole and size > 1 and len(rest) > 1 and not _gave_up(again):
+        if not whole and size > 1 and len(rest) > 1:
             singly = [i for i, why in again.items() if not isinstance(why, BrokenContract)]
             for reason in sorted({again[i] for i in singly}):
                 _LOG.warning(
@@ -317,19 +337,20 @@ def _any_value(scores: Mapping[int, Score]) -> bool:
     return any(score.value is not None for score in scores.values())
 
 
-def _gave_up(reasons: Mapping[int, str]) -> bool:
-    return any(isinstance(reason, NotCalled) for reason in reasons.values())
-
-
 def _call(
     part: _Part, batch: _Batch, places: Sequence[int], size: int
 ) -> tuple[dict[int, Score], dict[int, str]]:
     """Call the reward for each `size` pictures; return the scores by place, and for the places of
     calls that failed as a whole the reason."""
+    patience = Patience(_LOST_BATCHES)
+    if size == 1:
+        patience = Patience(_LOST_SINGLY)
+        places = random.Random(0).sample(places, len(places))  # bad ones often stand together
     chunks = [places[i : i + size] for i in range(0, len(places), max(1, size))]
     scores: dict[int, Score] = {}
     failed: dict[int, str] = {}
-    for chunk, outcome in zip(chunks, part.host.run(list(map(batch.call, chunks))), strict=True):
+    outcomes = part.host.run(list(map(batch.call, chunks)), patience)
+    for chunk, outcome in zip(chunks, outcomes, strict=True):
         if isinstance(outcome, str):
             failed |= dict.fromkeys(chunk, outcome)
         else:
@@ -350,17 +371,10 @@ def _names(specs: Sequence[RewardSpec], functions: Sequence[RewardFunction]) -> 
     return names
 
 
-def _host(function: RewardFunction, spec: RewardSpec, folder: str | Path | None) -> Host:
+def _host(function: RewardFunction, spec: RewardSpec) -> Host:
     if spec.workers == 0:
         return ThreadHost(function, spec.timeout_s)
-    return WorkerHost(function, _located(spec.use, folder), spec.timeout_s, spec.workers)
-
-
-def _located(use: str, folder: str | Path | None) -> str:
-    path, colon, attribute = use.rpartition(":")
-    if folder is None or not colon or not path.endswith(".py"):
-        return use
-    return f"{Path(folder) / path}:{attribute}"
+    return WorkerHost(function, spec.use, spec.timeout_s, spec.workers)
 
 
 def _log_failures(name: str, scores: Sequence[Score]) -> None:

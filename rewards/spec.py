@@ -26,8 +26,8 @@ class RewardSpec:
     from crashes and uses several cores. `name` is how logs and gates call it (default: its own).
 
     How it counts is in `rewards.composition`: `weight` (0 = logged, not counted), `schedule`
-    (points (step, factor) of a factor on the weight), `range` (the scores that become 0 and 1) and
-    `only_if`.
+    (points (step, factor) of a factor on the weight), `range` (the scores that become 0 and 1, the
+    greater one first where less is better) and `only_if`.
     """
 
     use: str
@@ -50,12 +50,16 @@ class RewardSpec:
         self._require(self.workers >= 0, "workers", self.workers, "write 0 or more")
         if self.schedule is not None:
             steps = [step for step, _ in self.schedule]
-            rising = all(a < b for a, b in pairwise(steps))
+            rising = bool(steps) and all(a < b for a, b in pairwise(steps))
+            finite = all(math.isfinite(factor) for _, factor in self.schedule)
             fix = "write points [step, factor] with rising steps"
-            self._require(bool(steps) and rising, "schedule", self.schedule, fix)
+            self._require(rising and finite, "schedule", self.schedule, fix)
         if self.range is not None:
-            differ = self.range[0] != self.range[1]
-            self._require(differ, "range", self.range, "write two different scores")
+            usable = self.range[0] != self.range[1] and all(map(math.isfinite, self.range))
+            self._require(usable, "range", self.range, "write two different scores")
+        if self.only_if is not None:
+            least = self.only_if.at_least
+            self._require(math.isfinite(least), "only_if.at_least", least, "write a score")
 
     def _require(self, holds: bool, key: str, value: Any, fix: str) -> None:
         if not holds:

@@ -8,7 +8,7 @@ from PIL import Image
 
 from common.errors import RewardError
 from rewards.contract import Score
-from rewards.judge_client import JudgeFailure, shared_judge
+from rewards.judge_client import JudgeFailure, shared_judge, with_judge
 from rewards.plugins import reward
 
 QUESTION = """\
@@ -23,29 +23,21 @@ object: {{"score": a number from 0 to {max_score}, "reason": one sentence}}.\
 
 
 @reward(name="vlm_judge")
+@with_judge
 async def vlm_judge(
     images: Sequence[Image.Image],
     prompts: Sequence[str],
     *,
-    base_url: str,
-    model: str,
     question: str = QUESTION,
     max_score: float = 10.0,
-    api_key_env: str | None = None,
-    temperature: float = 0.0,
-    max_tokens: int = 512,
-    retries: int = 3,
-    timeout_s: float = 60.0,
-    concurrency: int = 8,
-    cache: str | None = None,
-    usd_per_million: Sequence[float] = (0.0, 0.0),
-    budget_usd: float | None = None,
+    **judge: Any,
 ) -> list[Score]:
     """Return the judge's score over `max_score` for each picture, in [0, 1]; None without one.
 
     `question` has the place {prompt}, may have {max_score}, and asks for a JSON object with
-    "score"; a literal brace is doubled. For the other arguments see `rewards.judge_client.Judge`.
-    Give the reward a time limit (`timeout_s` of its recipe entry) that fits all pictures of a step.
+    "score"; a literal brace is doubled. The other arguments are those of
+    `rewards.judge_client.Judge`, `base_url` and `model` at least. Give the reward a time limit
+    (`timeout_s` of its recipe entry) that fits all pictures of a step.
 
     `concurrency` and `budget_usd` hold for all calls of a reward of a run together. With `workers`
     each process has its own; a judge only waits, so leave them out.
@@ -53,27 +45,10 @@ async def vlm_judge(
     Details: answer (the whole JSON object) and cost (totals of this reward in this run: requests,
     input_tokens, output_tokens, usd, from_cache).
     """
-    if len(usd_per_million) != 2:
-        raise RewardError(
-            f"reward `vlm_judge`: usd_per_million is {list(usd_per_million)}. Fix: write the price "
-            "of input and of output tokens."
-        )
-    judge = shared_judge(
-        base_url=base_url,
-        model=model,
-        api_key_env=api_key_env,
-        temperature=temperature,
-        max_tokens=max_tokens,
-        retries=retries,
-        timeout_s=timeout_s,
-        concurrency=concurrency,
-        cache=cache,
-        usd_per_million=(usd_per_million[0], usd_per_million[1]),
-        budget_usd=budget_usd,
-    )
+    asked = shared_judge(**judge)
     texts = [_filled(question, prompt, max_score) for prompt in prompts]
-    answers = await judge.ask([(t, [i]) for t, i in zip(texts, images, strict=True)])
-    cost = dataclasses.asdict(judge.cost)
+    answers = await asked.ask([(t, [i]) for t, i in zip(texts, images, strict=True)])
+    cost = dataclasses.asdict(asked.cost)
     return [_score(answer, max_score, cost) for answer in answers]
 
 

@@ -65,9 +65,8 @@ class WorkerHost:
             self._idle.put(worker)
         self._drivers = ThreadPoolExecutor(count, thread_name_prefix=f"reward-{function.name}")
 
-    def run(self, calls: Sequence[Call]) -> list[Outcome]:
+    def run(self, calls: Sequence[Call], patience: Patience) -> list[Outcome]:
         """Return what each call came to, in order."""
-        patience = Patience()
         return list(self._drivers.map(lambda call: self._run_one(call, patience), calls))
 
     def close(self) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 from PIL import Image
 
 from rewards.contract import Score
-from rewards.judge_client import JudgeFailure, shared_judge
+from rewards.judge_client import JudgeFailure, shared_judge, with_judge
 from rewards.plugins import reward
 
 QUESTION = """\
@@ -17,41 +17,20 @@ Answer with a JSON object: {{"answer": "yes"}} or {{"answer": "no"}}.\
 
 
 @reward(name="yes_no")
+@with_judge
 async def yes_no(
-    images: Sequence[Image.Image],
-    prompts: Sequence[str],
-    *,
-    base_url: str,
-    model: str,
-    api_key_env: str | None = None,
-    temperature: float = 0.0,
-    max_tokens: int = 512,
-    retries: int = 3,
-    timeout_s: float = 60.0,
-    concurrency: int = 8,
-    cache: str | None = None,
+    images: Sequence[Image.Image], prompts: Sequence[str], **judge: Any
 ) -> list[Score]:
     """Return 1 where the answer to the question is yes, 0 where it is no; None without an answer.
 
-    Each prompt is a question about its picture. For the arguments see
-    `rewards.judge_client.Judge`.
+    Each prompt is a question about its picture. The arguments are those of
+    `rewards.judge_client.Judge`, `base_url` and `model` at least.
     """
-    judge = shared_judge(
-        base_url=base_url,
-        model=model,
-        api_key_env=api_key_env,
-        temperature=temperature,
-        max_tokens=max_tokens,
-        retries=retries,
-        timeout_s=timeout_s,
-        concurrency=concurrency,
-        cache=cache,
-    )
     asked = [
         (QUESTION.format(question=question), [image])
         for question, image in zip(prompts, images, strict=True)
     ]
-    return [_score(answer) for answer in await judge.ask(asked)]
+    return [_score(answer) for answer in await shared_judge(**judge).ask(asked)]
 
 
 def _score(answer: dict[str, Any] | JudgeFailure) -> Score:

@@ -2,6 +2,7 @@
 
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,7 @@ _LOGGED = {
     "sampling/sampling_logp_difference/max": "logprob_mismatch_max",
     "sampling/importance_sampling_ratio/mean": "importance_ratio_mean",
 }
+_REASONS = 3
 
 
 class JournalCallback(TrainerCallback):
@@ -69,7 +71,7 @@ class JournalCallback(TrainerCallback):
         }
         if self.trainer.ahead is not None:
             row["policy_lag"] = 1
-        row |= self._details()
+        row |= self._details() | self._missing()
         row["samples"] = self._samples()
         row |= self._times()
         for event in self._events:
@@ -110,6 +112,17 @@ class JournalCallback(TrainerCallback):
             if values:
                 means[name] = sum(values) / len(values)
         return means
+
+    def _missing(self) -> dict[str, dict[str, int]]:
+        """The most common reasons why a reward gave a picture no score, with their numbers."""
+        assert self.trainer is not None
+        reasons = Counter(
+            f"{name}: {scored.reasons.get(name, 'no reason')}"
+            for scored in self.trainer.all_scores
+            for name, value in scored.parts.items()
+            if value is None
+        )
+        return {"missing_reasons": dict(reasons.most_common(_REASONS))} if reasons else {}
 
     def _samples(self) -> list[dict[str, Any]]:
         """The first sample of the first groups, for `atelier watch`."""

@@ -262,7 +262,8 @@ def build_engine(recipe: GrpoRecipe, policy: Policy, longest_prompt: int, events
 def build_rewards(recipe: GrpoRecipe) -> RewardRunner:
     """Load the rewards of a recipe whose files have been located."""
     specs = [spec_from(function.model_dump()) for function in recipe.rewards.functions]
-    return RewardRunner(specs, cache=ScoreCache() if recipe.rewards.cache else None)
+    folder = Path(recipe.prompts.source).parent
+    return RewardRunner(specs, folder=folder, cache=ScoreCache() if recipe.rewards.cache else None)
 
 
 def check_parts(recipe: GrpoRecipe, rewards: RewardRunner) -> None:

@@ -29,6 +29,7 @@ def prompt_file(prompts: str, reward: str, **reward_args: str) -> Suite:
         reward,
         reward_args,
         "the prompt file is the user's own",
+        folder=file.parent,
     )
     [metric] = suite.metrics
     # The other options are texts of the suite's own, which `load_suite` records.

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -30,14 +31,16 @@ def reward_suite(
     settings: Mapping[str, Any] | None = None,
     pictures: int | None = None,
     published: Callable[[Sequence[Mapping[str, Any]]], dict[str, float]] | None = None,
+    folder: Path | None = None,
 ) -> Suite:
     """Return a suite over `records` whose one metric is the reward.
 
     `reward` is a registered name or "file.py:function" and `arguments` are its own, as typed on a
-    command line. Raises RewardError for a reward that cannot be loaded or cannot score a record.
+    command line. Relative paths in the records start at `folder` (default: the working directory).
+    Raises RewardError for a reward that cannot be loaded or cannot score a record.
     """
     args = typed(arguments)
-    runner = RewardRunner([RewardSpec(reward, timeout_s=TIMEOUT_S, args=args)])
+    runner = RewardRunner([RewardSpec(reward, timeout_s=TIMEOUT_S, args=args)], folder=folder)
     runner.check_records(records)
     [metric] = runner.names
 

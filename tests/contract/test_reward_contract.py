@@ -140,8 +140,8 @@ def test_scores_do_not_depend_on_batch_neighbours_or_order_and_inputs_stay_as_th
 def test_the_example_scores_warm_colors_higher():
     colors = [(255, 0, 0), (128, 128, 128), (0, 0, 255), (255, 128, 127)]
     pictures = [Image.new("RGB", (8, 8), color) for color in colors]
-    spec = RewardSpec("warmth.py:warmth", args={"target": 1.0})
-    with RewardRunner([spec], folder=EXAMPLE) as runner:
+    spec = RewardSpec(f"{EXAMPLE}/warmth.py:warmth", args={"target": 1.0})
+    with RewardRunner([spec]) as runner:
         scored = runner.score(pictures, [""] * 4)
     # 1 - |mean red - mean blue - 1|
     assert [s.parts["warmth"] for s in scored] == pytest.approx([1.0, 0.0, -1.0, 128 / 255])
@@ -149,7 +149,9 @@ def test_the_example_scores_warm_colors_higher():
 
 def test_the_examples_recipe_is_valid_and_its_rewards_run():
     from recipes import load_recipe
+    from recipes.locate import located
 
-    recipe = load_recipe(EXAMPLE / "recipe.yaml").recipe
-    specs = [RewardSpec(f.use, f.weight, f.args, f.timeout_s) for f in recipe.rewards.functions]
-    assert [trial.problems for trial in try_rewards(specs, [RECORD], EXAMPLE)] == [(), ()]
+    loaded = load_recipe(EXAMPLE / "recipe.yaml")
+    functions = located(loaded.recipe, loaded.files).rewards.functions
+    specs = [RewardSpec(f.use, f.weight, f.args, f.timeout_s) for f in functions]
+    assert [trial.problems for trial in try_rewards(specs, [RECORD])] == [(), ()]

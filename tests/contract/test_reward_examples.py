@@ -83,3 +83,18 @@ def test_an_installed_reward_is_there_under_its_name(installed, tmp_path):
     grey, gradient, _, noise = map(float, tried.split()[1:5])
     assert (grey, noise) == (0, 1)
     assert 0 < gradient < 1
+
+
+def table(heading):
+    """The first column of the first table after a heading of docs/rewards.md."""
+    text = (ROOT / "docs" / "rewards.md").read_text("utf-8").split(f"{heading}\n", 1)[1]
+    rows = text.split("| --- |", 1)[1].split("\n\n", 1)[0].splitlines()[1:]
+    return sorted(re.match(r"\| `(\w+)` \|", row)[1] for row in rows)
+
+
+def test_the_reward_page_has_a_row_for_every_reward_and_detector():
+    from rewards.detector import DETECTORS
+    from rewards.plugins import _BUILT_IN
+
+    assert table("# Rewards") == sorted(_BUILT_IN)
+    assert table("### Detectors for photographs") == DETECTORS.names()

@@ -3,8 +3,11 @@
 import json
 
 import pytest
+from PIL import Image
 
 from cli.main import main
+from common.errors import RewardError
+from rewards.runner import RewardRunner, RewardSpec
 
 RECIPE = """
 extends: geneval-scenes
@@ -26,6 +29,7 @@ def slow(images): time.sleep(20)
 def good(images, prompts, scale=1.0): return [scale * image.width for image in images]
 async def later(images): return [None] + [1.0] * (len(images) - 1)
 def trl(prompts, completions, **kwargs): return [c.width / 128 for c in completions]
+def taste(images, metadata): return [1.0] * len(images)
 """
 
 
@@ -131,3 +135,29 @@ def test_a_reward_file_alone(capsys):
     assert main(["check", "mine.py:nan"]) == 1
     assert main(["check", "mine.py:good", "scal=2"]) == 1
     assert "`scale`" in capsys.readouterr().err
+    assert main(["check", "mine.py:good", "scale"]) == 2
+    error = capsys.readouterr().err
+    assert "scale: not of the form KEY=VALUE" in error
+    assert "--arg" not in error  # which this command does not have
+
+
+def test_a_reward_that_checks_records_does_not_ask_for_their_columns_as_arguments(folder):
+    for use, advice in (("geneval", "prompt record."), ("mine.py:taste", "under `args`")):
+        with (
+            RewardRunner([RewardSpec(use)]) as runner,
+            pytest.raises(RewardError, match=f"p-9.*{advice}"),
+        ):
+            runner.check_records([{"prompt": "x", "prompt_id": "p-9"}])
+
+
+def test_sources_of_edits_stand_beside_their_prompt_file(folder, capsys):
+    (folder / "edits").mkdir()
+    Image.new("RGB", (48, 48), "white").save(folder / "edits" / "before.png")
+    add = {"tag": "edit", "add": [{"class": "circle", "count": 1}]}
+    row = {"prompt": "add a circle", "source": "before.png", "metadata": add}
+    (folder / "edits" / "p.jsonl").write_text(json.dumps(row))
+    assert check(folder, '{use: consistency, args: {measures: ["pixels"]}}', "edits/p.jsonl") == 0
+    assert "consistency  0  0" in capsys.readouterr().out
+    (folder / "edits" / "l.jsonl").write_text(json.dumps(row | {"image": "before.png"}))
+    command = ["score", "edits/l.jsonl", "-r", "consistency", "--out", "scored"]
+    assert main([*command, "--arg", "consistency.measures=[pixels]"]) == 0

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchmetrics.functional.image import structural_similarity_index_measure
 
 from common.errors import RewardError
 from common.scene_world import BACKGROUND
@@ -12,6 +13,7 @@ from rewards import load_reward
 from rewards.consistency import consistency
 from rewards.detector import Detection
 from rewards.edit_rules import judge_edit
+from rewards.networks import similarity
 
 CIRCLE = SceneObject("circle", "red", (1, 1))
 RING = SceneObject("ring", "green", (5, 5))
@@ -162,6 +164,17 @@ def test_a_source_that_cannot_be_opened_costs_only_its_own_score(tmp_path):
         assert word in result.reason
 
 
+def test_a_source_under_the_window_of_ssim_costs_only_its_own_score():
+    small = Image.new("RGB", (48, 10), "white")
+    little, whole = consistency([SOURCE] * 2, [small, SOURCE], [REPLACE] * 2)
+    assert little.value is None
+    assert "48 x 10" in little.reason
+    assert whole.value == 0
+    eleven = Image.new("RGB", (48, 11), "white")
+    assert consistency([SOURCE], [eleven], [REPLACE])[0].value is not None
+    assert consistency([SOURCE], [small], [REPLACE], measures=["pixels"])[0].value is not None
+
+
 def test_whole_picture_and_outside_are_both_told():
     details = score(RIGHT_EDITS[0][1], REPLACE).details
     assert details["outside"]["ssim"] > details["whole"]["ssim"]
@@ -256,6 +269,23 @@ def test_ssim_of_flat_pictures_is_the_luminance_term():
     [result] = consistency([flat[1]], [flat[0]], [ADD], measures=["ssim"])
     expected = gaussian_ssim(200 / 255, 100 / 255)
     assert result.details["whole"]["ssim"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_ssim_in_stripes_is_that_of_the_whole(monkeypatch):
+    rng = np.random.default_rng(0)
+    shape = (37, 20, 3)
+    first = rng.integers(0, 200, shape, dtype=np.uint8)
+    pair = [Image.fromarray(first), Image.fromarray(first // 2 + rng.integers(0, 50, shape, "u1"))]
+    where = rng.random(shape[:2]) < 0.5
+    before, after = (np.moveaxis(np.asarray(x) / 255, 2, 0)[None] for x in pair)
+    _, full = structural_similarity_index_measure(
+        torch.tensor(after), torch.tensor(before), data_range=1.0, return_full_image=True
+    )
+    expected = full[0].mean(dim=0)[torch.tensor(where)].mean().item()
+    for rows in (1, 4, 12, 36, 37):
+        monkeypatch.setattr(similarity, "_STRIPE_PIXELS", rows * shape[1])
+        assert similarity.ssim(*pair, where) == pytest.approx(expected, abs=1e-6), rows
+    assert 0.1 < expected < 0.9
 
 
 @pytest.fixture(scope="module")

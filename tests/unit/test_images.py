@@ -52,6 +52,7 @@ BAD = {
     "truncated WebP": (encoded(NOISE, "WEBP", lossless=True)[:-900], "whole|cannot be read"),
     "header alone": (encoded(NOISE)[:20], "whole|cannot be read"),
     "65,535 px wide": (huge_png(65_535, 2), "65535 x 2"),
+    "a line": (encoded(Image.new("RGB", (1, 101))), "1 x 101"),
     "bomb": (huge_png(12_000, 12_000), "12000 x 12000"),
     "a larger bomb": (huge_png(60_000, 60_000), "cannot be read"),
     "CMYK": (encoded(NOISE.convert("CMYK"), "JPEG"), "CMYK"),

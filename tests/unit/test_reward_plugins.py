@@ -214,6 +214,7 @@ def test_two_files_of_one_name_are_two_modules_and_may_name_their_rewards_alike(
         ("class warmth: pass", "warmth", "class"),
         ("1 / 0", "warmth", "ZeroDivisionError"),
         ("def (", "warmth", "SyntaxError"),
+        ("raise SystemExit(3)", "warmth", "SystemExit: 3"),
     ],
 )
 def test_a_bad_file_is_explained(tmp_path, text, name, word):

@@ -1,7 +1,9 @@
 """The runner: no reward and no picture may spoil another's score."""
 
+import asyncio
 import logging
 import math
+import os
 import time
 
 import numpy as np
@@ -206,14 +208,34 @@ def test_a_wrong_return_value_or_length_is_none_for_all(returned):
     assert all("returned" in s.reasons["t_wrong"] for s in scored)
 
 
+def test_a_picture_that_is_left_out_of_the_list_costs_only_its_own_score():
+    @reward(name="t_leaves_out")
+    def leaves_out(images):
+        return [1.0 for x in images if level(x) != 3]
+
+    scored = run(RewardSpec("t_leaves_out"))
+    assert parts(scored, "t_leaves_out") == [1, 1, 1, None, 1, 1]
+    assert "0 scores for 1 images" in scored[3].reasons["t_leaves_out"]
+
+
 class Panic(BaseException):
     """As raised by libraries written in Rust."""
 
 
+class Silent(Exception):
+    """Its message cannot be told."""
+
+    def __str__(self):
+        raise ValueError
+
+
 @pytest.mark.parametrize(
     "error",
-    [ZeroDivisionError("oops"), SystemExit(3), StopIteration(), Panic("oops"), GeneratorExit()],
-)
+    [
+        ZeroDivisionError("oops"), SystemExit(3), StopIteration(), Panic("oops"), GeneratorExit(),
+        KeyboardInterrupt(), Silent(),
+    ],
+)  # fmt: skip
 def test_a_picture_that_raises_costs_only_its_own_score(error):
     calls = []
 
@@ -241,6 +263,32 @@ def test_what_a_coroutine_raises_costs_only_its_own_scores(error):
     assert parts(scored, "t_awaited_panic") == [None] * 6
     assert parts(scored, "t_level") == [0, 1, 2, 3, 4, 5]
     assert "oops" in scored[0].reasons["t_awaited_panic"]
+
+
+def test_a_coroutine_that_stops_its_loop_costs_only_its_own_scores():
+    @reward(name="t_stops")
+    async def stops(images):
+        asyncio.get_running_loop().stop()
+        await asyncio.sleep(0)
+        return [0.5] * len(images)
+
+    scored = run(RewardSpec("t_stops", timeout_s=0.1), RewardSpec("t_level"))
+    assert parts(scored, "t_stops") == [None] * 6
+    assert parts(scored, "t_level") == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_fork_that_a_reward_forgets_ends():
+    children = []
+
+    @reward(name="t_forks")
+    def forks(images):
+        if child := os.fork():
+            children.append(child)
+        return [0.5] * len(images)
+
+    assert parts(run(RewardSpec("t_forks")), "t_forks") == [0.5] * 6
+    for child in children:
+        assert os.waitpid(child, 0) == (child, 0)
 
 
 def test_the_reason_names_error_and_line():
@@ -326,10 +374,15 @@ def test_a_picture_that_cannot_be_read_costs_only_its_own_score(tmp_path):
     [
         ({"weight": math.nan}, "weight"),
         ({"timeout_s": 0}, "timeout_s"),
+        ({"timeout_s": math.nan}, "timeout_s"),
         ({"workers": -1}, "workers"),
         ({"schedule": ()}, "schedule"),
         ({"schedule": ((5, 1.0), (5, 2.0))}, "schedule"),
+        ({"schedule": ((5, math.nan),)}, "schedule"),
         ({"range": (2.0, 2.0)}, "range"),
+        ({"range": (math.nan, 1.0)}, "range"),
+        ({"range": (0.0, math.inf)}, "range"),
+        ({"only_if": Gate("t_other", math.nan)}, "at_least"),
         ({"use": "t_levl"}, "t_level"),
         ({"args": {"scale": 2}}, "scale"),
         ({"only_if": Gate("t_level", 1)}, "no other reward"),

@@ -1,5 +1,6 @@
 """A reward behind HTTP, and its client: over a real socket where the network is the point."""
 
+import contextlib
 import io
 import socket
 import threading
@@ -177,6 +178,16 @@ def test_a_source_is_sent_and_never_opened_on_the_server(editing, source, status
         assert word in answer.json()["error"]
 
 
+def test_a_server_that_asks_other_servers_opens_no_paths_either():
+    spec = RewardSpec("remote", args={"servers": ["http://127.0.0.1:1"], "pictures": ["mask"]})
+    content = job([picture()], columns={"mask": ["/etc/passwd"]})
+    with RewardRunner([spec]) as runner:
+        client = TestClient(build_app(runner), base_url="http://127.0.0.1:8765")
+        answer = client.post("/score", content=content, headers=TYPE)
+    assert answer.status_code == 400
+    assert "columns.mask: a server opens no paths" in answer.json()["error"]
+
+
 def test_the_client_sends_the_sources_of_edits(serve, tmp_path):
     Image.new("RGB", (6, 4), (0, 0, 0)).save(tmp_path / "a.png")
     columns = {
@@ -331,6 +342,41 @@ def test_without_a_server_there_is_a_reason(serve):
     assert "ConnectError" in one.reasons["remote"]
 
 
+ODD_ANSWERS = {
+    "html": b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\n<html>",
+    "half": b"HTTP/1.1 200 OK\r\nContent-Length: 600\r\n\r\nhalf",
+    "no http": b"SSH-2.0-OpenSSH_9.6\r\n",
+    "too few": b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n" + msgpack.packb({"scores": []}),
+    "nothing": b"",
+}
+
+
+@pytest.mark.parametrize("answer", [*ODD_ANSWERS, "a drop at a time"])
+def test_a_server_that_answers_with_something_else_is_passed_over(serve, answer):
+    def odd(connection):
+        with connection, contextlib.suppress(OSError):  # the client hangs up
+            connection.recv(100_000)
+            if answer in ODD_ANSWERS:
+                connection.sendall(ODD_ANSWERS[answer])
+                return
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 600\r\n\r\n")
+            for _ in range(60):
+                time.sleep(0.1)
+                connection.sendall(b"x")
+
+    def accept():
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=odd, args=listening.accept()[:1], daemon=True).start()
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        threading.Thread(target=accept, daemon=True).start()
+        servers = [f"http://127.0.0.1:{listening.getsockname()[1]}", serve("s_red")]
+        scored = remote_scores(3, batch_size=1, servers=servers, server_timeout_s=0.5)
+        listening.shutdown(socket.SHUT_RDWR)
+    assert [one.total for one in scored] == [0, 1 / 255, 2 / 255]
+
+
 def test_a_server_that_speaks_something_else_is_named(serve, monkeypatch):
     async def post(self, url, **_):
         return httpx.Response(200, content=b"<html>", request=httpx.Request("POST", url))
@@ -370,16 +416,28 @@ def test_the_command_serves_with_arguments(host, monkeypatch, capsys, tmp_path):
     )
     answers = []
 
-    def run(app, host, port, **_):
+    def run(server, sockets):
+        assert sockets[0].getsockname()[:2] == (host, port)
         name = f"[{host}]" if ":" in host else host
-        with TestClient(app, base_url=f"http://{name}:{port}") as client:
+        with TestClient(server.config.app, base_url=f"http://{name}:{port}") as client:
             answer = client.post("/score", content=job([picture()]), headers=TYPE)
             answers.append(msgpack.unpackb(answer.content)["scores"][0]["value"])
 
-    monkeypatch.setattr(uvicorn, "run", run)
+    monkeypatch.setattr(uvicorn.Server, "run", run)
     monkeypatch.chdir(tmp_path)
+    port = int(free_address().rpartition(":")[2])
     command = ["serve-reward", "mine.py:half", "--arg", "scale=3", "--host", host]
-    assert main(command) == 0
+    assert main([*command, "--port", str(port)]) == 0
     assert answers == [1.5]
     assert f"{host}" in capsys.readouterr().out
     assert main(["serve-reward", "mine.py:half", "--arg", "scale"]) == 2
+
+
+def test_a_port_in_use_is_told_before_anything_is_served(capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["serve-reward", "s_red", "--port", str(port)]) == 2
+    told = capsys.readouterr()
+    assert f"127.0.0.1:{port}" in told.err
+    assert "--port" in told.err
+    assert "serving" not in told.out

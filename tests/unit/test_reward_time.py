@@ -60,7 +60,37 @@ def test_a_picture_that_hangs_costs_only_its_own_score(release):
     assert parts(scored, "t_steady") == [0, 1, 2, 3, 4, 5]
 
 
-def test_a_reward_that_always_hangs_is_given_up_and_taken_back_when_its_calls_return(release):
+@pytest.mark.parametrize("hanging", [range(12), range(3, 40, 4)], ids=["in a row", "everywhere"])
+def test_pictures_that_hang_cost_only_their_own_scores_however_many(release, hanging):
+    @reward(name="t_hangs_often")
+    def hangs_often(images):
+        if any(level(x) in hanging for x in images):
+            release.wait(30)
+        return [0.5] * len(images)
+
+    pictures = [grey(i) for i in range(40)]
+    scored = run(RewardSpec("t_hangs_often", timeout_s=0.1), images=pictures, batch_size=8)
+    expected = [None if i in hanging else 0.5 for i in range(40)]
+    assert parts(scored, "t_hangs_often") == expected
+
+
+def test_a_coroutine_that_blocks_its_thread_takes_no_others_along(release):
+    @reward(name="t_blocks_on_one")
+    async def blocks_on_one(images):
+        await asyncio.sleep(0.01)
+        if any(level(x) == 2 for x in images):
+            release.wait(30)
+        await asyncio.sleep(0.01)
+        return [0.5] * len(images)
+
+    scored = run(RewardSpec("t_blocks_on_one", timeout_s=0.2))
+    assert parts(scored, "t_blocks_on_one") == [0.5, 0.5, None, 0.5, 0.5, 0.5]
+
+
+def test_a_reward_that_always_hangs_is_given_up_and_taken_back_when_its_calls_return(
+    release, monkeypatch
+):
+    monkeypatch.setattr("rewards.hosting._MAX_LEFT_BEHIND", 12)
     calls = []
 
     @reward(name="t_stuck")
@@ -69,14 +99,17 @@ def test_a_reward_that_always_hangs_is_given_up_and_taken_back_when_its_calls_re
         release.wait(30)
         return [0.5] * len(images)
 
-    with RewardRunner([RewardSpec("t_stuck", timeout_s=0.2)]) as runner:
+    many = [grey(i) for i in range(40)]
+    with RewardRunner([RewardSpec("t_stuck", timeout_s=0.05)], batch_size=4) as runner:
         start = time.perf_counter()
-        assert parts(runner.score(PICTURES, PROMPTS), "t_stuck") == [None] * 6
-        assert len(calls) == 3
-        again = runner.score(PICTURES, PROMPTS)
+        scored = runner.score(many, [""] * 40)
+        assert parts(scored, "t_stuck") == [None] * 40
+        assert calls == [4] * 2 + [1] * 8
+        assert any("8 calls did not come back" in one.reasons["t_stuck"] for one in scored)
+        again = runner.score(many, [""] * 40)
         assert time.perf_counter() - start < 5
-        assert len(calls) == 3
-        assert "not come back" in again[0].reasons["t_stuck"]
+        assert len(calls) == 12
+        assert "workers: 1" in again[0].reasons["t_stuck"]
         release.set()
         time.sleep(0.3)
         assert parts(runner.score(PICTURES, PROMPTS), "t_stuck") == [0.5] * 6
@@ -93,9 +126,9 @@ def test_async_calls_on_a_blocked_thread_share_one_time_limit(release):
 
     start = time.perf_counter()
     images = [grey(0)] * 40
-    scored = run(RewardSpec("t_blocked", timeout_s=0.3), images=images)
-    # Two limits for the batches, as much for each of three threads that single pictures block.
-    assert time.perf_counter() - start < 8 * 0.3 + 1.5
+    scored = run(RewardSpec("t_blocked", timeout_s=0.1), images=images)
+    # Two limits for the batches, as much for each of the eight pictures that are tried.
+    assert time.perf_counter() - start < 18 * 0.1 + 1.5
     assert parts(scored, "t_blocked") == [None] * 40
 
 

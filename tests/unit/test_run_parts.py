@@ -358,3 +358,15 @@ def test_details_of_other_kinds_are_left_out_of_the_means():
     scores = [Scored(1.0, {}, details=of_one) for of_one in details]
     callback.trainer = SimpleNamespace(all_scores=scores)
     assert callback._details() == {"strict": 0.5, "extra_objects": 1.5}
+
+
+def test_why_pictures_have_no_score_is_counted():
+    callback = JournalCallback(None, SilentProgress(), [])
+    failed = [("a", "hangs")] * 3 + [("b", "HTTP 500")] * 2 + [("a", "odd"), ("a", "rare")]
+    scores = [Scored(None, {name: None, "c": 1.0}, {name: why, "c": "x"}) for name, why in failed]
+    callback.trainer = SimpleNamespace(all_scores=scores)
+    assert callback._missing() == {
+        "missing_reasons": {"a: hangs": 3, "b: HTTP 500": 2, "a: odd": 1}
+    }
+    callback.trainer = SimpleNamespace(all_scores=[Scored(1.0, {"c": 1.0})])
+    assert callback._missing() == {}

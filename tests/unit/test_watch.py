@@ -126,6 +126,13 @@ def test_what_goes_wrong_raises_its_alarm_and_no_other(kind: str, changed: dict)
     assert set(alarms(steps, [], groups=12)) == {kind}
 
 
+def test_the_alarm_for_missing_scores_says_the_most_common_reason() -> None:
+    reasons = {"judge: nobody there": 3, "judge: HTTP 500": 1}
+    for reward in (None, 0.5):
+        newest = {"reward": reward, "missing_rewards": 4.0, "missing_reasons": reasons}
+        assert "judge: nobody there" in alarms([*HEALTHY, row(31) | newest], [], 12)["unscored"]
+
+
 def test_reward_up_and_held_out_down_is_called_out() -> None:
     falling = [held_out(0, 0.4), held_out(10, 0.6), held_out(30, 0.42)]
     found = alarms(HEALTHY, falling, groups=12)
@@ -240,7 +247,7 @@ def test_piped_it_prints_plain_lines_as_they_come(
     monkeypatch.setattr(cli.watch.time, "sleep", lambda seconds: next(later)())
     assert main(["watch", str(run)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split("  ")[0] for line in lines] == [
+    assert [line.split("  ")[0].partition(": look at")[0] for line in lines] == [
         "step 2/40",
         "held-out at step 0",
         "step 3/40",
