@@ -79,9 +79,21 @@ def _work(recipe: "GrpoRecipe", anatomy: "Anatomy") -> dict[str, Any]:
     }
 
 
+def device_of(wanted: str) -> tuple[str, int, bool]:
+    """Return what a run would run on: its name, its bytes, and whether it is a GPU."""
+    from cli.machine import gpus, memory_bytes
+    from rl.sizing import GPUS
+
+    found = gpus() or [] if wanted != "cpu" else []
+    if found:
+        return (*found[0], True)
+    if wanted == "cuda":
+        return (*next(iter(GPUS.items())), True)
+    return "this machine", memory_bytes(), False
+
+
 def _memory(recipe: "GrpoRecipe", anatomy: "Anatomy") -> dict[str, Any]:
     """Return the memory of every way to spread the run, and whether this device holds it."""
-    from cli.machine import gpus, memory_bytes
     from rl.memory import Sharding, grpo_memory
     from rl.sizing import (
         GPUS,
@@ -93,14 +105,7 @@ def _memory(recipe: "GrpoRecipe", anatomy: "Anatomy") -> dict[str, Any]:
         with_training,
     )
 
-    found = gpus() or [] if recipe.policy.device != "cpu" else []
-    on_gpu = recipe.policy.device == "cuda" or bool(found)
-    if found:
-        device, capacity = found[0]
-    elif on_gpu:
-        device, capacity = next(iter(GPUS.items()))
-    else:
-        device, capacity = "this machine", memory_bytes()
+    device, capacity, on_gpu = device_of(recipe.policy.device)
     libraries = 0 if on_gpu else LIBRARIES
 
     def row(sharding: Sharding) -> dict[str, Any]:
@@ -176,9 +181,11 @@ def show_grpo(facts: dict[str, Any]) -> None:
             ),
         ]
     )
-    _show_flops(facts)
-    _show_memory(facts)
-    _show_verdict(facts["verdict"])
+    show_flops(facts)
+    show_memory(facts["memory"])
+    if len(facts["memory"]) > 1:
+        _show_options(facts)
+    show_verdict(facts["verdict"])
 
 
 def _show_work(work: dict[str, Any]) -> None:
@@ -206,31 +213,31 @@ def _show_work(work: dict[str, Any]) -> None:
     )
 
 
-def _show_flops(facts: dict[str, Any]) -> None:
+def show_flops(facts: dict[str, Any]) -> None:
+    """Print the operations of a picture, stage by stage, and of a step."""
     from cli import console
     from rl.sizing import PEAK_FLOPS
 
-    names = {
-        "sampling": "sample tokens", "scoring": "score tokens", "diffusion": "diffusion head",
-        "autoencoder": "autoencoder", "update": "update",
-    }  # fmt: skip
+    names = {"sampling": "sample tokens", "scoring": "score tokens", "diffusion": "diffusion head"}
     each = facts["flops_per_picture"]
     total = sum(each.values())
     console.say("operations per picture (products and convolutions, counted)", style="bold")
-    rows = [(names[key], f"{_flops(n):>10}  {n / total:4.0%}") for key, n in each.items()]
-    console.pairs([*rows, ("together", f"{_flops(total):>10}")])
+    rows = [
+        (names.get(key, key), f"{operations(n):>10}  {n / total:4.0%}") for key, n in each.items()
+    ]
+    console.pairs([*rows, ("together", f"{operations(total):>10}")])
     if len(facts["memory"]) > 1:
         seconds = facts["flops_per_step"] / PEAK_FLOPS
         console.say(
-            f"  a step is {_flops(facts['flops_per_step'])}: at least {seconds:.0f} s on one H100 "
-            "or H200 at its peak"
+            f"  a step is {operations(facts['flops_per_step'])}: at least {seconds:.0f} s on one "
+            "H100 or H200 at its peak"
         )
 
 
-def _show_memory(facts: dict[str, Any]) -> None:
+def show_memory(rows: list[dict[str, Any]]) -> None:
+    """Print what takes memory, a column for each way to spread the run."""
     from cli import console
 
-    rows = facts["memory"]
     kept, phases = rows[0]["resident"], rows[0]["phases"]
     if len(rows) == 1:
         console.say("memory", style="bold")
@@ -244,14 +251,13 @@ def _show_memory(facts: dict[str, Any]) -> None:
         return
     counts = [f"{row['gpus']} GPU" + "s" * (row["gpus"] > 1) for row in rows]
     stages = [f"ZeRO-{row['zero_stage']}" if row["zero_stage"] else "" for row in rows]
-    console.say(_line("memory of one GPU, GB", counts, indent=""), style="bold")
-    console.say(_line("", stages), style="bold")
+    console.say(table_line("memory of one GPU, GB", counts, indent=""), style="bold")
+    console.say(table_line("", stages), style="bold")
     table = [(name, [row["resident"].get(name, 0) for row in rows]) for name in kept]
     table += [(f"+ {name} (estimate)", [row["phases"][name] for row in rows]) for name in phases]
     table.append(("peak: one + at a time", [row["peak"] for row in rows]))
     for name, values in table:
-        console.say(_line(name, [f"{value / 1e9:.3g}" for value in values]))
-    _show_options(facts)
+        console.say(table_line(name, [f"{value / 1e9:.3g}" for value in values]))
 
 
 def _show_options(facts: dict[str, Any]) -> None:
@@ -265,7 +271,7 @@ def _show_options(facts: dict[str, Any]) -> None:
             if option["training"] == training:
                 on = next((name for name, holds in option["fits"].items() if holds), "neither")
                 cells.append(f"{option['peak'] / 1e9:.0f} {on}")
-        console.say(_line("adapters" if training == "lora" else "all of ar", cells))
+        console.say(table_line("adapters" if training == "lora" else "all of ar", cells))
     sizes = ", ".join(f"{name} {size / 1e9:.0f} GB" for name, size in GPUS.items())
     console.say(f"  the smallest of {sizes} that holds the peak")
     console.say("  several GPUs need torchrun and train.deepspeed=zero1 or zero2")
@@ -277,11 +283,13 @@ def _show_options(facts: dict[str, Any]) -> None:
         console.say(f"  {count} GPUs need rollout.prompts_per_step={-(-prompts // count) * count}")
 
 
-def _line(name: str, cells: list[str], indent: str = "  ") -> str:
+def table_line(name: str, cells: list[str], indent: str = "  ") -> str:
+    """A row of a table whose columns fit a terminal."""
     return f"{indent}{name}".ljust(24) + "".join(f"{cell:>11}" for cell in cells).rstrip()
 
 
-def _show_verdict(verdict: dict[str, Any]) -> None:
+def show_verdict(verdict: dict[str, Any]) -> None:
+    """Print whether it fits, and the change with which it would."""
     from cli import console
 
     needs = f"{verdict['needs'] / 1e9:.3g} of {verdict['capacity'] / 1e9:.3g} GB"
@@ -298,7 +306,8 @@ def _show_verdict(verdict: dict[str, Any]) -> None:
     console.say(f"    Fix: {what}", style="green")
 
 
-def _flops(count: float) -> str:
+def operations(count: float) -> str:
+    """Such as `64.6 TFLOP`."""
     for unit in ("", "k", "M", "G", "T"):
         if count < 1000:
             return f"{count:.3g} {unit}FLOP"

@@ -8,7 +8,7 @@ import typer
 
 if TYPE_CHECKING:
     from recipes import LoadedRecipe, Recipe
-    from recipes.schema_pretrain import AutoencoderRecipe, ImageTokenizerRecipe, PretrainRecipe
+    from recipes.schema_pretrain import AutoencoderRecipe, ImageTokenizerRecipe
 
 
 def register(app: typer.Typer) -> None:
@@ -30,6 +30,7 @@ def register(app: typer.Typer) -> None:
         """Show what a run would do, need and write; nothing is computed or written."""
         from recipes import load_recipe
         from recipes.schema_grpo import GrpoRecipe
+        from recipes.schema_pretrain import PretrainRecipe
 
         loaded = load_recipe(recipe, overrides or [])
         run_dir = out or Path("runs") / loaded.recipe.name
@@ -38,6 +39,11 @@ def register(app: typer.Typer) -> None:
 
             facts = plan_grpo(loaded.recipe)
             show = show_grpo
+        elif isinstance(loaded.recipe, PretrainRecipe):
+            from cli.pretrain_plan import plan_pretrain, show_pretrain
+
+            facts = plan_pretrain(loaded.recipe)
+            show = show_pretrain
         else:
             facts = _plan_build(loaded.recipe)
             show = _show_build
@@ -98,10 +104,8 @@ def _show_files(facts: dict[str, Any], run_dir: Path) -> None:
         console.say(text, style="yellow")
 
 
-def _plan_build(
-    recipe: "PretrainRecipe | ImageTokenizerRecipe | AutoencoderRecipe",
-) -> dict[str, Any]:
-    """Return the facts of a run that builds a policy."""
+def _plan_build(recipe: "ImageTokenizerRecipe | AutoencoderRecipe") -> dict[str, Any]:
+    """Return the facts of a run that trains an image codec."""
     from cli.policy_folder import find_anatomy
 
     return {

@@ -48,6 +48,11 @@ def pack(
     with atomic_dir(out) as staged, ExitStack() as current:
         for path in pictures:
             done()
+            try:
+                members = list(_members(path, files))
+            except UnreadablePicture as error:
+                left_out.append(f"{path}: {error}")
+                continue
             key = path.relative_to(folder).with_suffix("").as_posix().replace(".", "_")
             if key in keys:
                 raise DataError(
@@ -55,11 +60,6 @@ def pack(
                     "    Fix: rename one of them."
                 )
             keys[key] = path
-            try:
-                members = list(_members(path, files))
-            except UnreadablePicture as error:
-                left_out.append(f"{path}: {error}")
-                continue
             if count % per_shard == 0:
                 current.close()
                 name = f"{folder.resolve().name}-{len(shards):06d}.tar"

@@ -6,7 +6,7 @@ They come from a folder's safetensors headers (here) or from the published confi
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,8 @@ class Anatomy:
     """Tokens of a typical prompt in its chat template: an assumption, not a count."""
     source: str
     """Where the sizes come from, in words."""
+    routes: tuple[str, ...] = ()
+    """Ways in which the head sees a reference picture."""
 
     @property
     def parameters(self) -> dict[str, int]:
@@ -86,7 +88,21 @@ def make_anatomy(config: PolicyConfig, parts: dict[str, Part], source: str) -> A
         config.latent_size,
         template + _TYPICAL_CAPTION,
         source,
+        config.routes,
     )
+
+
+def with_routes(anatomy: Anatomy, routes: tuple[str, ...]) -> Anatomy:
+    """Return the anatomy of a policy that was taught these routes: it may get a connector more."""
+    parts = dict(anatomy.parts)
+    if "cross_attention" in routes and "reference_connector" not in parts:
+        like = parts["connector"].shapes
+        width, latent = like["2.weight"][0], int(parts["vae"].config["latent_channels"])
+        shapes = like | {"0.weight": (width, latent)}
+        if "position" in like:
+            shapes["position"] = (anatomy.latent_size**2, width)
+        parts["reference_connector"] = Part(shapes, {})
+    return replace(anatomy, parts=parts, routes=routes)
 
 
 def read_parts(folder: Path) -> dict[str, Part]:

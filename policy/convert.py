@@ -1,5 +1,6 @@
 """Between a published checkpoint and a policy folder, tensor by tensor, one part in memory."""
 
+import inspect
 import json
 import shutil
 from pathlib import Path
@@ -18,7 +19,7 @@ from policy.config import PolicyConfig
 from policy.connector import Connector
 from policy.image_tokenizer import ImageTokenizer
 from policy.published_format import PublishedTokenizer, Tensors, config_file, read_json
-from policy.quiet import quiet_libraries
+from policy.quiet import quiet_libraries, refused_as
 
 UPSTREAM = "upstream"
 """Folder of a policy for what the published checkpoint holds and no picture depends on."""
@@ -31,6 +32,7 @@ WEIGHTS = {
     "vae": "diffusion_pytorch_model.safetensors",
 }
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_AGAIN = "download it again."
 
 
 def convert(checkpoint: Path, diffusion: str, image_tokenizer: Path, out: Path) -> PolicyConfig:
@@ -59,7 +61,7 @@ def convert(checkpoint: Path, diffusion: str, image_tokenizer: Path, out: Path) 
     tokenizer_file = PublishedTokenizer.load(image_tokenizer)
     tensors = Tensors(checkpoint)
     with quiet_libraries(), torch.device("meta"):
-        parts = _empty_parts(facts, diffusion, tokenizer_file, tensors)
+        parts = _empty_parts(checkpoint / "config.json", facts, diffusion, tokenizer_file, tensors)
     places = _places(tensors, parts, tokenizer_file)
     _check_tied_head(facts, tensors, checkpoint)
     with atomic_dir(out) as folder:
@@ -136,21 +138,33 @@ def to_upstream(policy: Path, out: Path) -> int:
 
 
 def _empty_parts(
-    facts: dict[str, Any], diffusion: str, tokenizer_file: PublishedTokenizer, tensors: Tensors
+    file: Path,
+    facts: dict[str, Any],
+    diffusion: str,
+    tokenizer_file: PublishedTokenizer,
+    tensors: Tensors,
 ) -> dict[str, Any]:
-    """Return the parts without memory behind their weights: folder -> module."""
-    kept = {key: facts[key] for key in published_format.LANGUAGE_MODEL_KEYS if key in facts}
+    """Return the parts without memory behind their weights: folder -> module.
+
+    `facts` are those of the checkpoint's config.json, `file`.
+    """
     if facts.get("use_sliding_window"):
-        raise PolicyError("config.json: use_sliding_window is on; only full attention is known.")
+        raise PolicyError(f"{file}: use_sliding_window is on; only full attention is known.")
+    usual = Qwen3Config().to_dict() | {"rope_theta": 1e6}
+    kept = {key: facts[key] for key in published_format.LANGUAGE_MODEL_KEYS if key in facts}
+    published_format.check_values(file, kept, {key: usual.get(key) for key in kept})
     kept["tie_word_embeddings"] = _is_tied(facts, tensors)
-    diffusion_config = read_json(config_file(diffusion, "transformer/config.json"))
-    vae_config = read_json(config_file(diffusion, "vae/config.json"))
-    head = SanaTransformer2DModel.from_config(diffusion_config)
-    vae = AutoencoderDC.from_config(vae_config)
+    with refused_as(f"{file}: no language model can be made of it", _AGAIN):
+        language_model = Qwen3ForCausalLM(Qwen3Config(**kept))
+    tokenizer_config = tokenizer_file.config()
+    with refused_as(f"{tokenizer_file.file}: no image tokenizer can be made of it", _AGAIN):
+        image_tokenizer = ImageTokenizer(tokenizer_config)
+    head = _of_diffusers(SanaTransformer2DModel, config_file(diffusion, "transformer/config.json"))
+    vae = _of_diffusers(AutoencoderDC, config_file(diffusion, "vae/config.json"))
     width = int(head.config.caption_channels)
     parts: dict[str, Any] = {
-        "ar": Qwen3ForCausalLM(Qwen3Config(**kept)),
-        "image_tokenizer": ImageTokenizer(tokenizer_file.config()),
+        "ar": language_model,
+        "image_tokenizer": image_tokenizer,
         "connector": Connector(int(facts["hidden_size"]), width),
         "diffusion": head,
         "vae": vae,
@@ -159,6 +173,20 @@ def _empty_parts(
     if stored or "cross_attention" in published_format.routes_of(facts):
         parts["reference_connector"] = Connector(int(vae.config.latent_channels), width)
     return parts
+
+
+def _of_diffusers(kind: Any, file: Path) -> Any:
+    """Return a module of one of diffusers' classes, which take any value without a check."""
+    facts = read_json(file)
+    if facts.get("_class_name", kind.__name__) != kind.__name__:
+        raise PolicyError(
+            f"{file}: _class_name is {facts['_class_name']!r}, and not {kind.__name__}.\n"
+            "    Fix: give the --diffusion that the checkpoint was trained with."
+        )
+    usual = {name: p.default for name, p in inspect.signature(kind).parameters.items()}
+    published_format.check_values(file, facts, usual)
+    with refused_as(f"{file}: no {kind.__name__} can be made of it", _AGAIN):
+        return kind.from_config(facts)
 
 
 def _is_tied(facts: dict[str, Any], tensors: Tensors) -> bool:
@@ -217,10 +245,15 @@ def _places(
 
 def _check_finite(part: str, weights: dict[str, Tensor]) -> None:
     for name, tensor in weights.items():
-        if not tensor.isfinite().all():
+        what = None
+        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            what = f"{tensor.dtype} instead of float32, bfloat16 or float16"
+        elif not tensor.isfinite().all():
+            what = "numbers that are not finite"
+        if what:
             raise PolicyError(
-                f"the tensor {published_format.published_name(part, name)} holds numbers that are "
-                "not finite.\n    Fix: download the checkpoint again."
+                f"the tensor {published_format.published_name(part, name)} holds {what}.\n"
+                "    Fix: download the checkpoint again."
             )
 
 
@@ -290,7 +323,7 @@ def _describe(
         prompt_template=published.PROMPT_TEMPLATE,
         steps=published.STEPS,
         guidance=published.GUIDANCE,
-        edit_template=_edit_template(tokenizer) if edits else None,
+        edit_template=published.edit_template(tokenizer.get_vocab()) if edits else None,
         routes=routes,
         provenance={"converted_from": checkpoint.resolve().name},
     )
@@ -298,14 +331,8 @@ def _describe(
 
 def _tokenizer(checkpoint: Path, folder: Path) -> PreTrainedTokenizerFast:
     """Read the copy in `folder` of the checkpoint's tokenizer."""
-    try:
-        with quiet_libraries():
-            tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # the tokenizers library has no common error of its own
-        told = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise PolicyError(
-            f"{checkpoint}/tokenizer.json cannot be read: {told}\n    Fix: download it again."
-        ) from error
+    with refused_as(f"{checkpoint}/tokenizer.json cannot be read", _AGAIN), quiet_libraries():
+        tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(folder)
     for name in ("pad_token", "eos_token"):
         if getattr(tokenizer, f"{name}_id") is None:
             raise PolicyError(
@@ -329,15 +356,6 @@ def _check_ids(where: str, facts: dict[str, Any], tokenizer: PreTrainedTokenizer
             )
 
 
-def _edit_template(tokenizer: PreTrainedTokenizerFast) -> str:
-    """Return the edit template, without vision tags for a tokenizer that has none."""
-    template = published.EDIT_TEMPLATE
-    for tag in published.VISION_TAGS:
-        if tag not in tokenizer.get_vocab():
-            template = template.replace(tag, "")
-    return template
-
-
 def _save_config(module: Any, folder: Path) -> None:
     if isinstance(module, Qwen3ForCausalLM):
         module.config.architectures = ["Qwen3ForCausalLM"]
@@ -351,9 +369,11 @@ def _save_scheduler(diffusion: str, folder: Path) -> None:
 
     A DPM-solver config has `flow_shift`, which that code never looks at: its shift is 1.
     """
-    found = read_json(config_file(diffusion, "scheduler/scheduler_config.json"))
-    scheduler = FlowMatchEulerDiscreteScheduler.from_config(found)
-    known = FlowMatchEulerDiscreteScheduler().config
+    file = config_file(diffusion, "scheduler/scheduler_config.json")
+    found, known = read_json(file), FlowMatchEulerDiscreteScheduler().config
+    published_format.check_values(file, found, dict(known))
+    with refused_as(f"{file}: no scheduler can be made of it", _AGAIN):
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(found)
     folder.mkdir()
     facts = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
     facts |= {key: value for key, value in scheduler.config.items() if key in known}

@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 import torch
 from diffusers import AutoencoderDC, SanaTransformer2DModel
 from PIL import Image
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3ForCausalLM
 
@@ -23,7 +22,7 @@ from policy.diffusion import sample_latents
 from policy.image_tokenizer import ImageTokenizer
 from policy.pixels import square, to_images
 from policy.prompts import PromptEncoder, check_length, prompt_text
-from policy.quiet import quiet_libraries
+from policy.quiet import quiet_libraries, refused_as
 from policy.sampling import ImageTokenSampler, Sampling, evaluation_mode, left_pad
 from policy.shared_prompt import tail_states
 
@@ -53,6 +52,12 @@ class Policy(nn.Module):
         reference_connector: Connector | None = None,
     ) -> None:
         super().__init__()
+        patch = int(diffusion.config.patch_size)
+        if config.latent_size % patch:
+            raise PolicyError(
+                f"policy.json: latent_size is {config.latent_size}, and the diffusion head's "
+                f"patch_size of {patch} does not divide it.\n    Fix: convert the policy again."
+            )
         self.config = config
         self.tokenizer = tokenizer
         self.ar = ar
@@ -391,10 +396,5 @@ def _read(folder: Path, load: Callable[[Path], _T]) -> _T:
     """Load one part of a policy; whatever its library says becomes a PolicyError that names it."""
     if not folder.is_dir():
         raise PolicyError(f"{folder} is missing.\n    Fix: copy the whole policy folder again.")
-    try:
+    with refused_as(f"{folder} cannot be loaded", "copy the whole policy folder again."):
         return load(folder)
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
-        told = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise PolicyError(
-            f"{folder} cannot be loaded: {told}\n    Fix: copy the whole policy folder again."
-        ) from error

@@ -5,7 +5,7 @@ transformers and diffusers classes from them on PyTorch's meta device, where a t
 and no memory, so that sizes are those of the classes that would be loaded.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
 from policy.anatomy import Anatomy, Part, make_anatomy
@@ -27,7 +27,7 @@ EDIT_TEMPLATE = (
     SYSTEM + "<|im_start|>user\nPlease edit {images} according to the following instruction: "
     "{prompt}.\n<|vision_start|>{references}<|vision_end|><|im_end|>\n<|im_start|>assistant\n"
 )
-VISION_TAGS = ("<|vision_start|>", "<|vision_end|>")
+_VISION_TAGS = ("<|vision_start|>", "<|vision_end|>")
 
 STEPS, GUIDANCE = 30, 2.0
 """Published decoding (spec section 1.7)."""
@@ -128,6 +128,15 @@ DESCRIPTION = PolicyConfig(
     steps=STEPS,
     guidance=GUIDANCE,
 )
+
+
+def edit_template(vocabulary: Collection[str]) -> str:
+    """Return the edit template, without the vision tags that a tokenizer does not know."""
+    template = EDIT_TEMPLATE
+    for tag in _VISION_TAGS:
+        if tag not in vocabulary:
+            template = template.replace(tag, "")
+    return template
 
 
 def published_anatomy() -> Anatomy:

@@ -7,7 +7,7 @@ checkpoint holds every part; a policy folder holds each part apart, under its li
 import json
 import math
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers import SiglipVisionConfig
 
 from common.errors import PolicyError
+from policy.quiet import refused_as
 
 VISION = "model.vision_tower.vision_tower."
 
@@ -140,8 +142,10 @@ def _weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         where = read_json(index).get("weight_map")
-        if not isinstance(where, dict):
-            raise PolicyError(f"{index} has no weight_map.\n    Fix: download it again.")
+        if not isinstance(where, dict) or not all(isinstance(f, str) for f in where.values()):
+            raise PolicyError(
+                f"{index}: weight_map does not map tensors to files.\n    Fix: download it again."
+            )
         files = [folder / name for name in sorted(set(where.values()))]
     else:
         files = sorted(folder.glob("*.safetensors"))
@@ -166,17 +170,14 @@ class PublishedTokenizer:
         """Read a .pth file without running code from it; raise `PolicyError` if it is another."""
         if not file.is_file():
             raise PolicyError(f"{file} is not a file.\n    Fix: give the path of ta_tok.pth.")
-        try:
+        with refused_as(f"{file} is not an image tokenizer", "give the published ta_tok.pth."):
             # The published file keeps its arguments in dictionaries of the package easydict.
             with torch.serialization.safe_globals([(OrderedDict, "easydict.EasyDict")]):
                 facts = torch.load(file, map_location="cpu", weights_only=True, mmap=True)["model"]
             args, weights = dict(facts["args"]), dict(facts["sd"])
-        except Exception as error:  # torch.load has no common error for what it refuses
-            told = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise PolicyError(
-                f"{file} is not an image tokenizer: {told}\n    Fix: give the published ta_tok.pth."
-            ) from error
-        kept = {VISION + n: t for n, t in weights.items() if not n.startswith("teacher")}
+            kept = {VISION + n: t for n, t in weights.items() if not n.startswith("teacher")}
+            if not all(isinstance(tensor, Tensor) for tensor in kept.values()):
+                raise TypeError("model.sd holds something else than tensors")
         return cls(file, args, kept)
 
     def config(self) -> dict[str, Any]:
@@ -191,20 +192,41 @@ class PublishedTokenizer:
             found = self._get(key, published)
             if found != known:
                 raise PolicyError(f"{self.file}: {key} is {found!r}; only {known!r} is known.")
+        encoder = self._encoder()
+        layer, layers = self._get("select_layer_id", -2), encoder["num_hidden_layers"]
+        if type(layer) is not int or not -layers <= layer < 0:
+            raise PolicyError(
+                f"{self.file}: select_layer_id is {layer!r}, and not -1 to {-layers}."
+            )
+        tokens, side = self._count("bottleneck_token_num", 256), self.grid()
+        if tokens != side * side or side != encoder["image_size"] // encoder["patch_size"]:
+            raise PolicyError(
+                f"{self.file}: bottleneck_token_num is {tokens}, and its encoder cuts pictures of "
+                f"{encoder['image_size']} px into patches of {encoder['patch_size']}."
+            )
         return {
-            "encoder": self._encoder(),
-            "select_layer": self._get("select_layer_id", -2),
-            "bottleneck_dim": self._get("bottleneck.args.bottleneck_dim"),
-            "codebook_size": self._get(f"{regularizer}.args.codebook_size"),
+            "encoder": encoder,
+            "select_layer": layer,
+            "bottleneck_dim": self._count("bottleneck.args.bottleneck_dim"),
+            "codebook_size": self._count(f"{regularizer}.args.codebook_size"),
         }
 
     def grid(self) -> int:
         """Return image tokens per side."""
-        return math.isqrt(int(self._get("bottleneck_token_num", 256)))
+        return math.isqrt(self._count("bottleneck_token_num", 256))
 
     def image_size(self) -> int:
         """Return the side of the picture that it sees, in pixels."""
-        return int(self._get("input_size", 384))
+        return self._count("input_size", 384)
+
+    def _count(self, key: str, published: int | None = None) -> int:
+        value = self._get(key, published)
+        if type(value) is not int or value < 1:
+            raise PolicyError(
+                f"{self.file}: {key} is {value!r}, and no number above 0.\n"
+                "    Fix: give the published file."
+            )
+        return value
 
     def _get(self, key: str, published: Any = None) -> Any:
         """Return `model.args` at a dotted key, or the default that the published class has.
@@ -228,11 +250,16 @@ class PublishedTokenizer:
         beside = self.file.parent / Path(teacher).name / "config.json"
         path = beside if beside.is_file() else config_file(teacher, "config.json")
         vision = read_json(path).get("vision_config", {})
+        if not isinstance(vision, dict):
+            raise PolicyError(f"{path}: vision_config is {vision!r}, and no JSON object.")
         keys = (
             "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
             "image_size", "patch_size", "hidden_act", "layer_norm_eps",
         )  # fmt: skip
-        return {key: vision[key] for key in keys if key in vision}
+        usual = SiglipVisionConfig().to_dict()
+        usual = {key: usual[key] for key in keys}
+        check_values(path, vision, usual)
+        return usual | {key: vision[key] for key in keys if key in vision}
 
 
 def config_file(source: str, name: str) -> Path:
@@ -253,10 +280,31 @@ def config_file(source: str, name: str) -> Path:
 
 def read_json(file: Path) -> dict[str, Any]:
     """Return a JSON object; raise `PolicyError` naming the file."""
-    try:
+    fix = "download it again, or give another folder."
+    with refused_as(f"{file} cannot be read as JSON", fix):
         facts = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise PolicyError(f"{file} cannot be read as JSON ({error}).") from error
     if not isinstance(facts, dict):
-        raise PolicyError(f"{file} is not a JSON object.")
+        raise PolicyError(f"{file} is not a JSON object.\n    Fix: {fix}")
     return facts
+
+
+def check_values(file: Path, facts: Mapping[str, Any], usual: Mapping[str, Any]) -> None:
+    """Raise PolicyError for a value of another kind than the `usual` one of its key.
+
+    Counts and other numbers have to be above 0, unless they are the usual ones. Libraries take
+    some wrong values without a word, and fail while a picture is drawn.
+    """
+    for key, like in usual.items():
+        value = facts.get(key, like)
+        if isinstance(like, bool):
+            right = isinstance(value, bool)
+        elif isinstance(like, int | float):
+            right = type(value) in (int, type(like)) and (value == like or 0 < value < math.inf)
+        elif isinstance(like, str | list | tuple):  # one word may stand for one a stage
+            right = isinstance(value, str | list | tuple)
+        else:
+            right = True
+        if not right:
+            raise PolicyError(
+                f"{file}: {key} is {value!r}; usual is {like!r}.\n    Fix: download it again."
+            )

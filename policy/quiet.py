@@ -1,8 +1,10 @@
-"""Keep the model libraries from drawing bars and chatting over the caller's own output."""
+"""What the model libraries say: no bars and chatter, and errors that name the file."""
 
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+from common.errors import PolicyError
 
 _LOGGERS = ("transformers", "diffusers", "accelerate", "peft", "trl")
 
@@ -39,3 +41,15 @@ def quiet_libraries() -> Iterator[None]:
         for library, enabled in zip(libraries, bars, strict=True):
             if enabled:
                 library.enable_progress_bar()
+
+
+@contextmanager
+def refused_as(what: str, fix: str) -> Iterator[None]:
+    """Turn whatever a library raises, which has no common error, into a PolicyError."""
+    try:
+        yield
+    except PolicyError:
+        raise
+    except Exception as error:
+        told = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise PolicyError(f"{what}: {told}\n    Fix: {fix}") from error

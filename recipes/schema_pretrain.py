@@ -20,9 +20,13 @@ from recipes.schema_common import (
 TrainedPart = Literal[
     "ar", "connector", "reference_connector", "diffusion", "diffusion.caption", "diffusion.patch"
 ]
-"""What pretraining can train. `diffusion.caption` is the projection and norm of the conditions
-(`caption_projection`, `caption_norm`), `diffusion.patch` the way in and out of the latents
-(`patch_embed`, `proj_out`)."""
+"""What pretraining can train. `diffusion.caption` is the projection and norm of the conditions,
+`diffusion.patch` the way in and out of the latents."""
+FINE_PARTS = {
+    "diffusion.caption": ("caption_projection.", "caption_norm."),
+    "diffusion.patch": ("patch_embed.", "proj_out."),
+}
+"""What the names of their weights in the diffusion head begin with."""
 CODEC_LOG_EVERY = 50
 """Steps between two rows of numbers while an image codec is trained."""
 Route = Literal["cross_attention", "noise_space"]

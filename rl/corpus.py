@@ -26,6 +26,7 @@ from data.scenes import (
 from policy.policy import Policy
 from policy.prompts import PromptEncoder
 from policy.sampling import left_pad
+from rl.pretrain_cost import ENCODED_AT_ONCE
 
 Row = dict[str, Any]
 _CHUNK = 2048
@@ -210,12 +211,17 @@ class BatchEncoder:
         if "reference" in batch:
             reference_codes = self._codes(batch, "reference", "squashed_reference")[:, None]
             if self.with_latents and policy.config.routes:
-                encoded["reference_latents"] = policy.encode_latents(_pixels(batch["reference"]))
+                encoded["reference_latents"] = self._latents(batch["reference"])
         prompts = self.prompts(batch["captions"], reference_codes)
         encoded |= self.collator.sequences(prompts, self._codes(batch, "pixels", "squashed"))
         if self.with_latents:
-            encoded["latents"] = policy.encode_latents(_pixels(batch["pixels"]))
+            encoded["latents"] = self._latents(batch["pixels"])
         return encoded
+
+    def _latents(self, squares: Tensor) -> Tensor:
+        """Latents [B, C, S, S], a few at a time: nothing else of a step may take more memory."""
+        parts = squares.split(ENCODED_AT_ONCE)
+        return torch.cat([self.policy.encode_latents(_pixels(part)) for part in parts])
 
     def _codes(self, batch: dict[str, Any], square: str, squashed: str) -> Tensor:
         """Image codes [B, N] of the centre square, or of the whole picture where it is there."""

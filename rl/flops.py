@@ -7,8 +7,10 @@ out. A weight costs two operations for each value and each position it is applie
 """
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from policy.anatomy import Anatomy, Part
 from recipes.schema_common import LoraSection
@@ -64,13 +66,13 @@ def sampling_flops(ar: Part, prompt: int, tokens: int, vocabulary: int, group: i
     """Sample `tokens` after a prompt that `group` samples share."""
     # The last token is never fed back; the token before it is the last query.
     attended = sum(prompt + fed + 1 for fed in range(tokens - 1))
-    shared = _layers_flops(ar, prompt, prompt * prompt) // group
-    return shared + _layers_flops(ar, tokens - 1, attended) + _head_flops(ar, tokens, vocabulary)
+    shared = layers_flops(ar, prompt, prompt * prompt) // group
+    return shared + layers_flops(ar, tokens - 1, attended) + logits_flops(ar, tokens, vocabulary)
 
 
 def forward_flops(ar: Part, length: int, tokens: int, codes: int) -> int:
     """One pass over `length` positions, logits of `codes` rows at `tokens` of them."""
-    return _layers_flops(ar, length, length * length) + _head_flops(ar, tokens, codes)
+    return layers_flops(ar, length, length * length) + logits_flops(ar, tokens, codes)
 
 
 def update_flops(ar: Part, length: int, tokens: int, codes: int, lora: LoraSection | None) -> int:
@@ -80,9 +82,9 @@ def update_flops(ar: Part, length: int, tokens: int, codes: int, lora: LoraSecti
     one. The first layer's frozen projections, which need none, are counted with the others. Logits
     are not kept, so that the head is computed again for the gradient.
     """
-    products = _layers_flops(ar, 0, length * length)
+    products = layers_flops(ar, 0, length * length)
     weights = forward_flops(ar, length, tokens, codes) - products
-    again = _head_flops(ar, tokens, codes)
+    again = logits_flops(ar, tokens, codes)
     if lora is None:
         return 3 * (weights + products) + again
     adapters = 3 * 2 * length * adapter_parameters(ar, lora)
@@ -94,7 +96,7 @@ def adapter_parameters(ar: Part, lora: LoraSection) -> int:
     return sum(lora.rank * sum(shape) for target in lora.targets for shape in ar.linear(target))
 
 
-def _layers_flops(ar: Part, positions: int, attended: int) -> int:
+def layers_flops(ar: Part, positions: int, attended: int) -> int:
     """All decoder layers: their weights at `positions`, `attended` pairs of query and key."""
     config = ar.config
     weights = sum(
@@ -106,7 +108,8 @@ def _layers_flops(ar: Part, positions: int, attended: int) -> int:
     return 2 * weights * positions + 4 * int(config["num_hidden_layers"]) * width * attended
 
 
-def _head_flops(ar: Part, positions: int, rows: int) -> int:
+def logits_flops(ar: Part, positions: int, rows: int) -> int:
+    """Logits of `rows` tokens of the vocabulary at `positions`."""
     return 2 * int(ar.config["hidden_size"]) * rows * positions
 
 
@@ -136,30 +139,47 @@ def _of_condition(name: str) -> bool:
 
 def head_flops(anatomy: Anatomy) -> int:
     """One call of the diffusion head for one picture (SANA: linear self-, full cross-attention)."""
+    rows, cells = 1 + anatomy.num_tokens, head_cells(anatomy)
     head = anatomy.parts["diffusion"]
-    rows = 1 + anatomy.num_tokens
-    cells = (anatomy.latent_size // int(head.config["patch_size"])) ** 2
+    return head_weights_flops(head, rows, cells) + head_products_flops(head, rows, cells)
+
+
+def head_cells(anatomy: Anatomy) -> int:
+    """Positions of the latents inside the head."""
+    patch = int(anatomy.parts["diffusion"].config["patch_size"])
+    return (anatomy.latent_size // patch) ** 2
+
+
+def head_weights_flops(head: Part, rows: int, cells: int, only: tuple[str, ...] = ("",)) -> int:
+    """Products with weights whose name begins as one of `only`, under `rows` conditions."""
 
     def positions(name: str) -> int:
-        if name.endswith("scale_shift_table"):
+        if name.endswith("scale_shift_table") or not name.startswith(only):
             return 0
         if name.startswith("time_embed."):
             return 1
         return rows if _of_condition(name) else cells
 
+    return _weights_flops(head, positions)
+
+
+def head_products_flops(head: Part, rows: int, cells: int) -> int:
+    """The products inside attention, of all blocks."""
     config = head.config
     width = int(config["num_attention_heads"]) * int(config["attention_head_dim"])
     cross = int(config["num_cross_attention_heads"]) * int(config["cross_attention_head_dim"])
     # Linear attention carries one more row, the sum of the keys.
     attention = 4 * cells * (width * (int(config["attention_head_dim"]) + 1) + rows * cross)
-    return _weights_flops(head, positions) + int(config["num_layers"]) * attention
+    return int(config["num_layers"]) * attention
+
+
+# --- image codecs --------------------------------------------------------------------------------
 
 
 def decoder_flops(vae: Part, latent_size: int) -> int:
     """Decode one picture (DC-AE): every stage doubles the side."""
     config = vae.config
-    channels, layers = config["decoder_block_out_channels"], config["decoder_layers_per_block"]
-    stages = len(channels)
+    stages = len(config["decoder_block_out_channels"])
     cells = [(latent_size << (stages - 1 - stage)) ** 2 for stage in range(stages)]
     interpolate = config["upsample_block_type"] == "interpolate"
 
@@ -175,17 +195,56 @@ def decoder_flops(vae: Part, latent_size: int) -> int:
         # The convolution that opens a stage: before the pixels are laid out, or after.
         return here // 4 if name.endswith(".0.conv.weight") and not interpolate else here
 
-    kinds = config["decoder_block_types"]
-    kinds = [kinds] * stages if isinstance(kinds, str) else kinds
+    return _weights_flops(vae, positions) + _autoencoder_attention(config, "decoder", cells)
+
+
+def encoder_flops(vae: Part, latent_size: int) -> int:
+    """Encode one picture (DC-AE): every stage halves the side."""
+    config = vae.config
+    stages = len(config["encoder_block_out_channels"])
+    cells = [(latent_size << (stages - 1 - stage)) ** 2 for stage in range(stages)]
+    strided = config["downsample_block_type"] == "conv"
+
+    def positions(name: str) -> int:
+        if name.startswith("encoder.conv_in."):
+            return cells[1] if strided and name == "encoder.conv_in.conv.weight" else cells[0]
+        if name.startswith("encoder.conv_out."):
+            return cells[-1]
+        if not name.startswith("encoder.down_blocks."):
+            return 0
+        stage = int(name.split(".")[2])
+        closes = re.fullmatch(r"encoder\.down_blocks\.\d+\.\d+\.conv\.weight", name)
+        return cells[stage + 1] if closes and strided else cells[stage]
+
+    return _weights_flops(vae, positions) + _autoencoder_attention(config, "encoder", cells)
+
+
+def _autoencoder_attention(config: dict[str, Any], side: str, cells: list[int]) -> int:
+    channels, layers = config[f"{side}_block_out_channels"], config[f"{side}_layers_per_block"]
+    kinds = config[f"{side}_block_types"]
+    kinds = [kinds] * len(cells) if isinstance(kinds, str) else kinds
     head = int(config["attention_head_dim"])
     attention = 0
     for stage, kind in enumerate(kinds):
         if kind == "EfficientViTBlock":
-            scales = 1 + len(config["decoder_qkv_multiscales"][stage])
+            scales = 1 + len(config[f"{side}_qkv_multiscales"][stage])
             here = cells[stage]
             inner = head + 1 if here > head else here
             attention += layers[stage] * 4 * here * inner * channels[stage] * scales
-    return _weights_flops(vae, positions) + attention
+    return attention
+
+
+def tokenizer_flops(anatomy: Anatomy, pictures: int) -> int:
+    """Image codes of one picture; the codebook is made once for `pictures` of them."""
+    part, cells = anatomy.parts["image_tokenizer"], anatomy.num_tokens
+    encoder = part.config["encoder"]
+    layers = int(encoder["num_hidden_layers"]) + 1 + int(part.config["select_layer"])
+    codes, dim = part.shapes["quantizer.embedding.weight"]
+    run = [f"encoder.encoder.layers.{layer}." for layer in range(layers)]
+    run += ["encoder.embeddings.patch_embedding.", "encode_task_layer.", "in_linear."]
+    weights = _weights_flops(part, lambda name: cells if name.startswith(tuple(run)) else 0)
+    attention = layers * 4 * cells * cells * int(encoder["hidden_size"])
+    return weights + attention + 2 * cells * codes * dim + 2 * codes * dim * dim // pictures
 
 
 def _weights_flops(part: Part, positions: Callable[[str], int]) -> int:

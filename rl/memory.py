@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from policy.anatomy import Anatomy, Part
+from recipes.schema_common import LoraSection
 from recipes.schema_grpo import GrpoRecipe
 from rl.flops import adapter_parameters
 
@@ -93,7 +94,7 @@ def grpo_memory(recipe: GrpoRecipe, anatomy: Anatomy, sharding: Sharding | None 
     branches = 1 if decode.guidance == 1 else 2
     hidden = int(ar.config["hidden_size"])
     conditions = images * (1 + anatomy.num_tokens) * hidden * width
-    kept = micro * activations(ar, length, width, recipe, own)
+    kept = micro * activations(ar, length, width, lora, own)
     return Memory(
         _resident(recipe, anatomy, sharding, own),
         {
@@ -102,7 +103,7 @@ def grpo_memory(recipe: GrpoRecipe, anatomy: Anatomy, sharding: Sharding | None 
             "decoding": conditions
             + max(
                 head_buffers(anatomy, micro, branches, width),
-                decoder_buffers(anatomy, micro, width),
+                autoencoder_buffers(anatomy, micro, width, "decoder"),
             ),
             "update": kept
             + tile * (width + BACKWARD_TILE)
@@ -193,7 +194,7 @@ def _sampling(recipe: GrpoRecipe, anatomy: Anatomy, images: int) -> int:
 # --- update --------------------------------------------------------------------------------------
 
 
-def activations(ar: Part, length: int, width: int, recipe: GrpoRecipe, own: int) -> int:
+def activations(ar: Part, length: int, width: int, lora: LoraSection | None, own: int) -> int:
     """Return the bytes that the layers keep of one sequence for the backward pass.
 
     Without recomputation, with masked scaled-dot-product attention. `own` is the width of the
@@ -203,7 +204,6 @@ def activations(ar: Part, length: int, width: int, recipe: GrpoRecipe, own: int)
     hidden, inner = int(config["hidden_size"]), int(config["intermediate_size"])
     heads, size = int(config["num_attention_heads"]), int(config["head_dim"])
     queries, keys = heads * size, int(config["num_key_value_heads"]) * size
-    lora = recipe.policy.lora
     # RMS norms work in float32; of a trained one, what its weight is multiplied with is kept.
     norm = _SINGLE + (width if lora is None else 0)
     norms = norm * (2 * hidden + queries + keys)
@@ -252,14 +252,14 @@ def head_buffers(anatomy: Anatomy, pictures: int, branches: int, width: int) -> 
     return math.ceil(width * (inside + kept * (pictures + branches - 1)))
 
 
-def decoder_buffers(anatomy: Anatomy, pictures: int, width: int) -> int:
-    """Return the bytes inside the autoencoder's decoder, at the most.
+def autoencoder_buffers(anatomy: Anatomy, pictures: int, width: int, side: str) -> int:
+    """Return the bytes inside the autoencoder's `side`, encoder or decoder, at the most.
 
     A residual block at its norm, beside what came into the stage: the block's input and result
     with a float32 copy and its square, or with the normed and the scaled result.
     """
     config = anatomy.parts["vae"].config
-    channels, layers = config["decoder_block_out_channels"], config["decoder_layers_per_block"]
+    channels, layers = config[f"{side}_block_out_channels"], config[f"{side}_layers_per_block"]
     stages = len(channels)
     most = 0
     for stage, blocks in enumerate(layers):
@@ -267,6 +267,10 @@ def decoder_buffers(anatomy: Anatomy, pictures: int, width: int) -> int:
             continue
         cells = (anatomy.latent_size << (stages - 1 - stage)) ** 2
         here = channels[stage] * cells * (2 * width + max(2 * width, 2 * _SINGLE))
-        came_in = width * channels[stage + 1] * cells // 4 if stage + 1 < stages else 0
+        came_in = 0
+        if side == "encoder":
+            came_in = width * channels[stage] * cells if blocks > 1 else 0
+        elif stage + 1 < stages:
+            came_in = width * channels[stage + 1] * cells // 4
         most = max(most, here + came_in)
     return pictures * most

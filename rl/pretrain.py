@@ -147,7 +147,8 @@ class JointTrainer(Trainer):
             raise DataError(
                 f"{len(self._bad)} of the {seen} samples read so far are bad{torn} more than "
                 f"{LARGEST_BAD_SHARE:.0%}; metrics.jsonl names each.\n"
-                "    Fix: repair or remove them, and resume or start again."
+                "    Fix: pack the shards anew without them and start a new run; this one can be "
+                "resumed on the same shards alone."
             )
 
     # --- optimizer ---------------------------------------------------------------------------

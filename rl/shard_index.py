@@ -39,8 +39,9 @@ def shard_index(pattern: str, references: bool, run_dir: Path, progress: Progres
     for name, size in facts["shards"]:
         if not Path(name).is_file() or Path(name).stat().st_size != size:
             raise RunError(
-                f"{name} is missing or has changed since the run began.\n"
-                "    Fix: bring the shard back, or start a new run."
+                f"{name} is missing or has changed since the run began, and the order of its "
+                "samples with it.\n    Fix: bring the shard back, or start a new run; "
+                "`export_policy` (docs/training.md) makes a checkpoint the policy.path of one."
             )
     # Mapped, not read: all processes of a machine share one copy.
     rows = np.load(rows_file, mmap_mode="r")

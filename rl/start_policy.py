@@ -25,7 +25,7 @@ from policy.tiny import (
     tiny_image_tokenizer,
     tiny_language_model,
 )
-from recipes.schema_pretrain import PretrainRecipe
+from recipes.schema_pretrain import FINE_PARTS, PretrainRecipe
 from rl.devices import training_device
 from rl.ema import EMA_FILE
 from rl.lora import lora_config
@@ -38,10 +38,6 @@ SCHEDULER = {
     "shift": 1.0,
 }
 WEIGHTS_FILE = "model.safetensors"
-_FINE_PARTS = {
-    "diffusion.caption": ("caption_projection.", "caption_norm."),
-    "diffusion.patch": ("patch_embed.", "proj_out."),
-}
 
 
 def new_tiny_policy(seed: int) -> Policy:
@@ -111,7 +107,7 @@ def teach_editing(policy: Policy, routes: tuple[str, ...] | None, seed: int) -> 
     if template is None:
         template = config.prompt_template.replace("{prompt}", "{prompt}{references}")
         if config.prompt_template == published.PROMPT_TEMPLATE:
-            template = published.EDIT_TEMPLATE
+            template = published.edit_template(policy.tokenizer.get_vocab())
     policy.config = replace(config, edit_template=template, routes=tuple(routes))
     if "cross_attention" in routes and policy.reference_connector is None:
         torch.manual_seed(counter_seed(seed, "reference-connector"))
@@ -123,7 +119,7 @@ def teach_editing(policy: Policy, routes: tuple[str, ...] | None, seed: int) -> 
 
 
 def _part(policy: Policy, name: str) -> list[nn.Parameter]:
-    prefixes = _FINE_PARTS.get(name)
+    prefixes = FINE_PARTS.get(name)
     module = getattr(policy, name.partition(".")[0])
     if module is None:
         raise PolicyError(

@@ -86,7 +86,7 @@ def test_activations_are_what_the_backward_pass_keeps(dtype, targets):
         adapted, lambda: model.model(ids, attention_mask=mask, use_cache=False).last_hidden_state
     )
     expected = memory.activations(
-        part, LENGTH, WIDTHS[dtype], recipe_of("geneval-scenes", *changes), own
+        part, LENGTH, WIDTHS[dtype], recipe_of("geneval-scenes", *changes).policy.lora, own
     )
     assert measured / PICTURES == pytest.approx(expected, rel=0.03)
 
@@ -176,7 +176,9 @@ def test_decoding_buffers(anatomy, dtype):
     )
     decoder = peak_of(policy.vae, lambda: policy.vae.decode(latents))
     assert memory.head_buffers(anatomy, pictures, 1, width) == pytest.approx(head, rel=0.2)
-    assert memory.decoder_buffers(anatomy, pictures, width) == pytest.approx(decoder, rel=0.1)
+    assert memory.autoencoder_buffers(anatomy, pictures, width, "decoder") == pytest.approx(
+        decoder, rel=0.1
+    )
 
 
 @pytest.fixture
@@ -200,7 +202,9 @@ def test_published_decoding_buffers(published, bfloat16_by_default):
         in_head = peak_of(head, lambda: Denoiser(head, rows, None).velocity(latents, time))
         in_decoder = peak_of(vae, lambda: vae.decode(latents))
     assert memory.head_buffers(published, 1, 1, 2) == pytest.approx(in_head, rel=0.01)
-    assert memory.decoder_buffers(published, 1, 2) == pytest.approx(in_decoder, rel=0.01)
+    assert memory.autoencoder_buffers(published, 1, 2, "decoder") == pytest.approx(
+        in_decoder, rel=0.01
+    )
 
 
 def test_logits_of_an_update():

@@ -199,6 +199,6 @@ def test_a_codec_s_rows_are_counted(capsys):
 
 
 def test_operations_are_readable():
-    assert grpo_plan._flops(999) == "999 FLOP"
-    assert grpo_plan._flops(64.6e12) == "64.6 TFLOP"
-    assert grpo_plan._flops(2.21e16) == "22.1 PFLOP"
+    assert grpo_plan.operations(999) == "999 FLOP"
+    assert grpo_plan.operations(64.6e12) == "64.6 TFLOP"
+    assert grpo_plan.operations(2.21e16) == "22.1 PFLOP"

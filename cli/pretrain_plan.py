@@ -1,0 +1,149 @@
+"""The plan of a pretraining, fine-tuning or editing run: its facts, and how they look."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from policy.anatomy import Anatomy
+    from recipes.schema_pretrain import PretrainRecipe
+
+GPU_COUNTS = (1, 8, 32)
+
+
+def plan_pretrain(recipe: "PretrainRecipe") -> dict[str, Any]:
+    """Return what `--json` prints. Sizes are bytes, work is floating-point operations."""
+    from cli.policy_folder import find_anatomy
+    from rl.pretrain_cost import as_trained, pretrain_flops, trained_values
+
+    # New weights have the sizes of the shipped policy.
+    anatomy = as_trained(recipe, find_anatomy(recipe.policy.path or "base"))
+    work = dict(pretrain_flops(recipe, anatomy))
+    facts = {
+        "name": recipe.name,
+        "kind": recipe.kind,
+        "sizes": anatomy.source,
+        "steps": recipe.train.steps,
+        "batch_size": recipe.train.batch_size,
+        "source": recipe.data.source,
+        "parameters": anatomy.parameters,
+        "trained": trained_values(recipe, anatomy),
+        "lora": recipe.policy.lora is not None,
+        "flops_per_picture": work,
+        "flops_per_step": sum(work.values()) * recipe.train.batch_size,
+        "assumed": {"prompt_tokens": anatomy.prompt_tokens},
+    }
+    return facts | _memory(recipe, anatomy)
+
+
+def _memory(recipe: "PretrainRecipe", anatomy: "Anatomy") -> dict[str, Any]:
+    from cli.grpo_plan import device_of
+    from rl.memory import Sharding
+    from rl.pretrain_cost import (
+        change_that_fits,
+        checkpoint_bytes,
+        pictures_per_pass,
+        pretrain_memory,
+    )
+    from rl.sizing import GPUS, LIBRARIES, fits
+
+    device, capacity, on_gpu = device_of(recipe.policy.device)
+    libraries = 0 if on_gpu else LIBRARIES
+    stage = int((recipe.train.deepspeed or "zero0").removeprefix("zero"))
+    rows, options = [], []
+    for gpus in GPU_COUNTS if on_gpu else (1,):
+        memory = pretrain_memory(recipe, anatomy, Sharding(gpus, stage))
+        rows.append(
+            {
+                "gpus": gpus,
+                "zero_stage": stage,
+                "micro_batch": pictures_per_pass(recipe, gpus),
+                "resident": memory.resident,
+                "phases": memory.phases,
+                "peak": memory.peak,
+            }
+        )
+    for gpus in GPU_COUNTS if on_gpu else ():
+        for other in range(4):
+            memory = pretrain_memory(recipe, anatomy, Sharding(gpus, other))
+            options.append(
+                {
+                    "gpus": gpus,
+                    "zero_stage": other,
+                    "peak": memory.peak,
+                    "fits": {name: fits(memory, size) for name, size in GPUS.items()},
+                }
+            )
+    alone = pretrain_memory(recipe, anatomy, Sharding(1, stage))
+    verdict: dict[str, Any] = {
+        "device": device,
+        "capacity": capacity,
+        "needs": alone.peak + libraries,
+        "fits": fits(alone, capacity - libraries),
+        "decided_by": alone.largest_phase,
+        "fix": None,
+    }
+    if not verdict["fits"]:
+        change = change_that_fits(recipe, anatomy, Sharding(1, stage), capacity - libraries)
+        if change:
+            verdict["fix"] = {"change": change[0], "needs": change[1].peak + libraries}
+    return {
+        "memory": rows,
+        "options": options,
+        "verdict": verdict,
+        "checkpoint_bytes": checkpoint_bytes(recipe, anatomy, stage),
+    }
+
+
+def show_pretrain(facts: dict[str, Any]) -> None:
+    """Print the facts, at most 80 columns wide unless a name is longer."""
+    from cli import console
+    from cli.grpo_plan import show_flops, show_memory, show_verdict
+
+    console.say(f"{facts['name']} ({facts['kind']})", style="bold")
+    console.say(f"sizes from {facts['sizes']}")
+    console.say("work", style="bold")
+    pictures = facts["steps"] * facts["batch_size"]
+    console.pairs(
+        [
+            ("steps", f"{facts['steps']:,}"),
+            ("pictures", f"{pictures:,} ({facts['batch_size']} a step)"),
+            ("source", facts["source"]),
+        ]
+    )
+    console.say("policy", style="bold")
+    parameters, trained = facts["parameters"], facts["trained"]
+    each = [f"{name} {count:,}" for name, count in trained.items()]
+    if facts["lora"]:
+        each = [text.replace("ar ", "adapters of ar ", 1) for text in each]
+    console.pairs(
+        [
+            *((name, f"{count:,} parameters") for name, count in parameters.items()),
+            ("together", f"{sum(parameters.values()):,} parameters"),
+            ("trained", f"{sum(trained.values()):,}"),
+            *(("", text) for text in each),
+        ]
+    )
+    show_flops(facts)
+    show_memory(facts["memory"])
+    if facts["options"]:
+        _show_options(facts)
+    show_verdict(facts["verdict"])
+
+
+def _show_options(facts: dict[str, Any]) -> None:
+    from cli import console
+    from cli.grpo_plan import table_line
+    from rl.sizing import GPUS
+
+    console.say("fits on (peak in GB, a tenth left free)", style="bold")
+    for stage in range(4):
+        cells = []
+        for option in facts["options"]:
+            if option["zero_stage"] == stage:
+                on = next((name for name, holds in option["fits"].items() if holds), "neither")
+                cells.append(f"{option['peak'] / 1e9:.0f} {on}")
+        console.say(table_line(f"deepspeed: zero{stage}" if stage else "deepspeed: null", cells))
+    sizes = ", ".join(f"{name} {size / 1e9:.0f} GB" for name, size in GPUS.items())
+    console.say(f"  the smallest of {sizes} that holds the peak")
+    for row in facts["memory"][1:]:
+        if row["micro_batch"] != facts["memory"][0]["micro_batch"]:
+            console.say(f"  {row['gpus']} GPUs need train.micro_batch={row['micro_batch']}")
