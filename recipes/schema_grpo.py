@@ -287,6 +287,12 @@ class GrpoRecipe(Header):
             raise cross_error(
                 "decode.check.every", "A replay decodes nothing to check.", "set it to 0."
             )
+        if self.decode.check.every and self.rollout.group_size < 3:
+            raise cross_error(
+                "decode.check.every",
+                f"Groups of {self.rollout.group_size} have no order to compare; it takes 3.",
+                "raise rollout.group_size, or set this to 0.",
+            )
         if self.rollout.waves > self.rollout.prompts_per_step:
             raise cross_error(
                 "rollout.waves",
