@@ -43,6 +43,13 @@ class RolloutSection(Section):
         ),
     ] = 0
     ray: RaySection = RaySection()
+    lora_sync: Annotated[
+        Literal["merged", "adapter"],
+        Field(
+            description="What of adapters (policy.lora) is brought to the engine: all weights with "
+            "them merged, or they alone, beside the start policy (vllm)."
+        ),
+    ] = "merged"
     group_size: Annotated[
         int, Field(ge=2, le=4096, description="Images per prompt, compared with one another.")
     ] = 12

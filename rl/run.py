@@ -122,7 +122,7 @@ def _run(
         longest = max(map(len, policy.prompt_ids(sorted(asked))))
         events: Events = []
         engine = parts.enter_context(closing(build_engine(recipe, policy, longest, events)))
-        sync = _sync(policy, engine)
+        sync = _sync(policy, engine, bool(adapter_rank(recipe)))
         rollout, decode = recipe.rollout, recipe.decode.train
         sampler = Sampler(
             policy,
@@ -250,6 +250,7 @@ def build_engine(recipe: GrpoRecipe, policy: Policy, longest_prompt: int, events
         recipe.policy.dtype,
         longest_prompt,
         device,
+        adapter_rank(recipe),
     )
     if not rollout.workers:
         return spec.build()
@@ -261,6 +262,12 @@ def build_engine(recipe: GrpoRecipe, policy: Policy, longest_prompt: int, events
     )
     pool = RayPool(spec.build, placement, policy.ar.dtype, events)
     return AheadEngine(pool) if rollout.max_policy_lag else pool
+
+
+def adapter_rank(recipe: GrpoRecipe) -> int | None:
+    """Return the rank of the adapters that travel to the engine alone; None: they do not."""
+    alone = recipe.rollout.lora_sync == "adapter" and not recipe.rollout.replay
+    return recipe.policy.lora.rank if recipe.policy.lora and alone else None
 
 
 def build_rewards(recipe: GrpoRecipe) -> RewardRunner:
@@ -317,12 +324,14 @@ def trainer_config(recipe: GrpoRecipe, run_dir: Path, completion_length: int) ->
     )
 
 
-def _sync(policy: Policy, engine: Engine) -> Sync:
+def _sync(policy: Policy, engine: Engine, adapter: bool = False) -> Sync:
     config = policy.config
     probes = policy.prompt_ids(["a photo of a red circle", "a photo of two squares", "a sign", "x"])
 
+    images = (config.image_start_id, config.num_image_tokens)
+
     def sync(step: int) -> None:
-        side = ModelSide(policy.ar, step, probes, config.image_start_id, config.num_image_tokens)
+        side = ModelSide(policy.ar, step, probes, *images, adapter)
         if step % PROBE_EVERY == 0:
             verify_sync(engine, side, PROBE_TOLERANCE[policy.ar.dtype])
         else:

@@ -296,10 +296,11 @@ def test_a_run_is_scored_by_geneval_on_the_scene_world(train, policy_folder):
         assert {"strict", "soft", "extra_objects"} <= row.keys()
 
 
-def test_the_vllm_engine_samples_what_the_trainer_scores(train, policy_folder):
+@pytest.mark.parametrize("lora_sync", ["merged", "adapter"])
+def test_the_vllm_engine_samples_what_the_trainer_scores(train, policy_folder, lora_sync):
     exit_code, out, stdout, stderr = train(
         "rollout.engine=vllm", "train.steps=3", "train.learning_rate=1e-2", "evals.every=3",
-        "evals.limit=2",
+        "evals.limit=2", f"rollout.lora_sync={lora_sync}",
     )  # fmt: skip
     assert exit_code == 0, stderr
     assert_clean(stdout, stderr)
