@@ -31,7 +31,9 @@ def register(app: typer.Typer) -> None:
         """Validate a recipe, show every value with the place it comes from, try its rewards."""
         from cli import reward_trials
         from common.errors import RecipeError
+        from common.processes import process_count
         from recipes import load_recipe
+        from rl.preflight import check_replay, check_trackers, check_whole_batch
 
         if ".py:" in recipe:
             reward_trials.show(reward_trials.of_file(recipe, overrides or []))
@@ -45,9 +47,14 @@ def register(app: typer.Typer) -> None:
             raise
         if not as_json:
             _print_tree(loaded)
+        check_trackers(loaded.recipe)
         if loaded.recipe.kind == "grpo":
+            check_replay(loaded.recipe)
             refuse_missing_parts(loaded.recipe)
         trials = reward_trials.of_recipe(loaded) if rewards else []
+        if loaded.recipe.kind == "grpo":
+            whole = [trial.name for trial in trials if trial.whole_batch]
+            check_whole_batch(loaded.recipe, whole, process_count())
         if as_json:
             _print_json(loaded, trials)
         else:

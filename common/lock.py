@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from common.errors import UsageError
+from common.processes import is_main_process
 
 LOCK = ".lock"
 
@@ -31,3 +32,13 @@ def folder_lock(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def run_lock(folder: Path) -> Iterator[None]:
+    """`folder_lock` of a run of several processes: the first of them holds it for all."""
+    if not is_main_process():
+        yield
+        return
+    with folder_lock(folder):
+        yield

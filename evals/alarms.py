@@ -5,7 +5,7 @@ each stands beside it.
 """
 
 from collections.abc import Mapping, Sequence
-from math import hypot
+from math import hypot, inf, log
 from statistics import fmean, median
 from typing import Any
 
@@ -17,7 +17,8 @@ NO_SIGNAL = 0.9
 MISMATCH = 0.5
 """Nats between the engine's and the trainer's log-prob of a token; bfloat16 explains about 0.1."""
 RATIO_OFF = 0.1
-"""Distance of the mean importance ratio from 1, its value when both hold the same weights."""
+"""Distance of the mean importance ratio from 1, its value when both hold the same weights and
+nothing is truncated."""
 CLIPPED = 0.3
 """Share of clipped tokens at which most of a step's update is thrown away."""
 SPIKE = 10.0
@@ -35,18 +36,19 @@ points over the same prompts share."""
 
 
 def alarms(
-    steps: Sequence[Row], held_out: Sequence[Row], groups: int | None = None
+    steps: Sequence[Row], held_out: Sequence[Row], groups: int | None = None, kept: float = 1.0
 ) -> dict[str, str]:
     """Return a sentence for each thing that looks wrong, by its kind; none for a healthy run.
 
-    `steps` and `held_out` are the rows of metrics.jsonl, `groups` the prompts of a step.
+    `steps` and `held_out` are the rows of metrics.jsonl, `groups` the prompts of a step, `kept` the
+    least probability that truncated sampling leaves to a step's tokens (top-p; of top-k: 0).
     """
     if not steps:
         return {}
     found = {
         "unscored": _unscored(steps[-1]),
         "no signal": _no_signal(steps, groups),
-        "engine": _apart(steps[-1]),
+        "engine": _apart(steps[-1], kept),
         "clipped": _clipped(steps),
         "gradient": _spike(steps),
         "entropy": _collapsed(steps),
@@ -81,12 +83,14 @@ def _no_signal(steps: Sequence[Row], groups: int | None) -> str | None:
     )
 
 
-def _apart(newest: Row) -> str | None:
+def _apart(newest: Row, kept: float) -> str | None:
     mismatch, ratio = newest.get("logprob_mismatch_max"), newest.get("importance_ratio_mean")
+    # The trainer's softmax is whole: of a truncated one, the ratio is what truncation kept.
+    allowed = MISMATCH + (-log(kept) if kept else inf)
     # With a policy lag they differ by an update, on purpose; then only the mean ratio tells.
-    if mismatch is not None and mismatch > MISMATCH and not newest.get("policy_lag"):
+    if mismatch is not None and mismatch > allowed and not newest.get("policy_lag"):
         return f"engine and trainer differ by {mismatch:.2f} nats on a token: stop and check"
-    if ratio is not None and abs(ratio - 1) > RATIO_OFF:
+    if ratio is not None and not kept - RATIO_OFF <= ratio <= 1 + RATIO_OFF:
         return f"the mean importance ratio is {ratio:.2f}: engine and trainer have parted"
     return None
 

@@ -83,7 +83,10 @@ def read_run(run_dir: Path, now: float) -> RunState:
     held_out = [row for row in rows if row.get("event") == "eval"]
     silent = max(0.0, now - (journal if journal.exists() else file).stat().st_mtime)
     finished = (run_dir / "policy" / "policy.json").is_file()
-    groups = recipe.rollout.prompts_per_step if recipe.kind == "grpo" else None
+    groups, kept = None, 1.0
+    if recipe.kind == "grpo":
+        groups = recipe.rollout.prompts_per_step
+        kept = 0.0 if recipe.rollout.top_k else recipe.rollout.top_p
     state = RunState(
         run_dir,
         recipe.name,
@@ -93,7 +96,7 @@ def read_run(run_dir: Path, now: float) -> RunState:
         steps,
         held_out,
         silent,
-        alarms(steps, held_out, groups),
+        alarms(steps, held_out, groups, kept),
     )
     return _with_phase(state, finished)
 

@@ -32,7 +32,6 @@ class Denoiser:
         self, head: SanaTransformer2DModel, conditions: Tensor, null_conditions: Tensor | None
     ) -> None:
         self._head = head
-        self._guided = null_conditions is not None
         self._keys = self._keys_and_values(conditions)
         self._null_keys = [] if null_conditions is None else self._keys_and_values(null_conditions)
 
@@ -50,11 +49,15 @@ class Denoiser:
         return pairs
 
     @torch.no_grad()
-    def velocity(self, latents: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor | None]:
+    def velocity(
+        self, latents: Tensor, timestep: Tensor, guided: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
         """Return the conditioned and the null velocity, both [B, C, H, W], at a time [] or [1].
 
-        The null velocity is None if no null conditions were given.
+        The null velocity is None, and costs nothing, if it is not asked for (`guided`) or no null
+        conditions were given.
         """
+        guided = guided and bool(self._null_keys)
         head = self._head
         patch = head.config.patch_size
         height, width = latents.shape[2] // patch, latents.shape[3] // patch
@@ -68,21 +71,21 @@ class Denoiser:
             ).unbind()
             attended = block.attn1(_modulated(block.norm1, states, scale, shift))
             states = torch.addcmul(states, attended, gate)
-            if index == 0 and self._guided:
+            if index == 0 and guided:
                 states = torch.cat([states, states])
-            states = states + self._cross_attention(index, block.attn2, states)
+            states = states + self._cross_attention(index, block.attn2, states, guided)
             normed = _modulated(block.norm2, states, scale_ff, shift_ff)
             states.addcmul_(_feed_forward(block.ff, normed, height, width), gate_ff)
         shift, scale = (head.scale_shift_table + embedded).unbind()
         states = head.proj_out(_modulated(head.norm_out.norm, states, scale, shift))
         cells = states.reshape(len(states), height, width, patch, patch, -1)
         velocity = cells.permute(0, 5, 1, 3, 2, 4).reshape(len(states), -1, *latents.shape[2:])
-        if not self._guided:
+        if not guided:
             return velocity, None
         conditioned, null = velocity.chunk(2)
         return conditioned, null
 
-    def _cross_attention(self, index: int, attention: Any, states: Tensor) -> Tensor:
+    def _cross_attention(self, index: int, attention: Any, states: Tensor, guided: bool) -> Tensor:
         """Attend from states [B or 2 B, T, inner], the conditioned branch first."""
         # `rescale_output_factor` is 1 in every block of this class; a division is a whole pass.
         queries = attention.to_q(states)
@@ -93,7 +96,7 @@ class Denoiser:
         mixed = _merged(
             F.scaled_dot_product_attention(_heads(queries[:batch], attention.heads), keys, values)
         )
-        if self._guided:
+        if guided:
             # All pictures share the null branch's keys: one long row of queries.
             null = queries[batch:].flatten(0, 1)[None]
             null = F.scaled_dot_product_attention(

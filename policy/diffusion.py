@@ -46,12 +46,15 @@ def sample_latents(
     *,
     steps: int,
     guidance: float,
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
     reference_latents: Tensor | None = None,
 ) -> Tensor:
     """Integrate from `noise` [B, C, S, S] to latents with Euler steps.
 
     Conditions [B, R, width] and the null branch [1, R, width] are computed once by the caller, and
-    what the head makes of them once by the denoiser; guidance 1 leaves the null branch out.
+    what the head makes of them once by the denoiser; guidance 1 leaves the null branch out, and so
+    do steps whose noise level (sigma, after the scheduler's shift; 1 = pure noise) lies outside of
+    `guidance_interval` (Kynkaanniemi et al., 2024, arXiv 2404.07724; both ends are inside).
     `reference_latents` [B, C, S, S] are seen in noise space by both branches. A fresh scheduler per
     call keeps training and sampling from sharing state.
     """
@@ -60,9 +63,12 @@ def sample_latents(
     denoiser = Denoiser(head, conditions, None if guidance == 1.0 else null_conditions)
     latents = noise
     width = noise.shape[-1]
-    for timestep in scheduler.timesteps:
+    low, high = guidance_interval
+    for timestep, sigma in zip(scheduler.timesteps, scheduler.sigmas.tolist(), strict=False):
         noisy = _beside(latents, reference_latents)
-        velocity, null = denoiser.velocity(noisy, timestep)
+        # The scheduler's float32 would miss an end such as 0.9.
+        guided = low <= round(sigma, 6) <= high
+        velocity, null = denoiser.velocity(noisy, timestep, guided)
         if null is not None:
             velocity, null = velocity.float(), null.float()
             velocity = null + guidance * (velocity - null)

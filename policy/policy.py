@@ -120,12 +120,8 @@ class Policy(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         self.config.save(folder)
         with quiet_libraries():
-            self.tokenizer.save_pretrained(folder / "tokenizer")
-            self.ar.save_pretrained(folder / "ar")
-            self.image_tokenizer.save_pretrained(folder / "image_tokenizer")
-            self.connector.save_pretrained(folder / "connector")
-            self.diffusion.save_pretrained(folder / "diffusion")
-            self.vae.save_pretrained(folder / "vae")
+            for part in ("tokenizer", "ar", "image_tokenizer", "connector", "diffusion", "vae"):
+                getattr(self, part).save_pretrained(folder / part)
         if self.reference_connector is not None:
             self.reference_connector.save_pretrained(folder / "reference_connector")
         for name, data in self.upstream.items():
@@ -284,6 +280,7 @@ class Policy(nn.Module):
         noise: Tensor | None = None,
         steps: int | None = None,
         guidance: float | None = None,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
         references: Tensor | None = None,
         routes: Sequence[str] | None = None,
         seed: int | None = None,
@@ -292,7 +289,7 @@ class Policy(nn.Module):
 
         Give the initial `noise` [B, C, S, S] or a `seed` from which one is drawn per row.
         `references` [B or 1, 3, H, W] in [-1, 1] reach the head by `routes` (default: the
-        policy's), a subset of `policy.config.ROUTES`.
+        policy's), a subset of `policy.config.ROUTES`. `guidance_interval`: see `sample_latents`.
         """
         if noise is None:
             noise = self.noise([counter_seed(seed or 0, "noise", i) for i in range(len(hidden))])
@@ -310,6 +307,7 @@ class Policy(nn.Module):
             noise.to(hidden.dtype),
             steps=steps or self.config.steps,
             guidance=self.config.guidance if guidance is None else guidance,
+            guidance_interval=guidance_interval,
             reference_latents=latents if "noise_space" in routes else None,
         )
         latents = latents.contiguous(memory_format=torch.channels_last)  # faster convolutions

@@ -279,6 +279,15 @@ class GrpoRecipe(Header):
                 "Samples of older weights need the per-token correction.",
                 "set algorithm.importance_cap, such as 2.0, or this to 0.",
             )
+        lora = self.policy.lora
+        if self.rollout.lora_sync == "adapter" and (
+            self.rollout.engine != "vllm" or lora is None or lora.rank > 512
+        ):
+            raise cross_error(
+                "rollout.lora_sync",
+                "Adapters by themselves are for vLLM, which takes ranks up to 512.",
+                "set this to merged, or rollout.engine to vllm and policy.lora.",
+            )
         if self.rollout.save_to and self.rollout.replay:
             raise cross_error(
                 "rollout.save_to", "A replay makes no rollouts to save.", "set one of the two."
@@ -286,6 +295,12 @@ class GrpoRecipe(Header):
         if self.rollout.replay and self.decode.check.every:
             raise cross_error(
                 "decode.check.every", "A replay decodes nothing to check.", "set it to 0."
+            )
+        if self.decode.check.every and self.rollout.group_size < 3:
+            raise cross_error(
+                "decode.check.every",
+                f"Groups of {self.rollout.group_size} have no order to compare; it takes 3.",
+                "raise rollout.group_size, or set this to 0.",
             )
         if self.rollout.waves > self.rollout.prompts_per_step:
             raise cross_error(

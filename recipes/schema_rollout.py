@@ -1,10 +1,10 @@
 """The sections `rollout` and `decode` of a `grpo` recipe: how pictures come about in a step."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, Strict, model_validator
 
-from recipes.schema_common import Section, TextPath
+from recipes.schema_common import Section, TextPath, cross_error
 
 
 class RaySection(Section):
@@ -43,6 +43,13 @@ class RolloutSection(Section):
         ),
     ] = 0
     ray: RaySection = RaySection()
+    lora_sync: Annotated[
+        Literal["merged", "adapter"],
+        Field(
+            description="What of adapters (policy.lora) is brought to the engine: all weights with "
+            "them merged, or they alone, beside the start policy (vllm)."
+        ),
+    ] = "merged"
     group_size: Annotated[
         int, Field(ge=2, le=4096, description="Images per prompt, compared with one another.")
     ] = 12
@@ -87,6 +94,9 @@ class RolloutSection(Section):
     ] = 1.0
 
 
+NoiseLevel = Annotated[float, Field(ge=0, le=1)]
+
+
 class DecodeEvalSection(Section):
     """How tokens become pixels."""
 
@@ -94,6 +104,21 @@ class DecodeEvalSection(Section):
     guidance: Annotated[
         float, Field(ge=0, le=50, description="Classifier-free guidance; 1 = none, half the cost.")
     ] = 1.5
+    guidance_interval: Annotated[
+        tuple[NoiseLevel, NoiseLevel],
+        Strict(False),
+        Field(
+            description="Noise levels [low, high] of the steps that are guided, 1 = pure noise; "
+            "the others cost half."
+        ),
+    ] = (0.0, 1.0)
+
+    @model_validator(mode="after")
+    def _interval_rises(self) -> Self:
+        low, high = self.guidance_interval
+        if low > high:
+            raise cross_error("guidance_interval", "It ends before it begins.", "swap the ends.")
+        return self
 
 
 class DecodeTrainSection(DecodeEvalSection):

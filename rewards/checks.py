@@ -19,13 +19,15 @@ _SIDE = 64
 class RewardTrial:
     """How a reward did on four synthetic pictures: its scores, what went wrong, and the time.
 
-    `problems` is empty if every picture got a number.
+    `problems` is empty if every picture got a number. A `whole_batch` reward compares the pictures
+    of a call.
     """
 
     name: str
     scores: tuple[float | None, ...]
     problems: tuple[str, ...]
     seconds: float
+    whole_batch: bool
 
 
 def try_rewards(
@@ -47,14 +49,16 @@ def try_rewards(
     with RewardRunner(specs, folder=folder) as runner:
         runner.check_records(records)
         results = runner.call_once(synthetic_pictures()[: len(chosen)], prompts, columns)
-    return [_trial(name, outcome, seconds) for name, (outcome, seconds) in results.items()]
+        whole = runner.whole_batch
+    return [_trial(n, outcome, seconds, n in whole) for n, (outcome, seconds) in results.items()]
 
 
-def _trial(name: str, outcome: Outcome, seconds: float) -> RewardTrial:
+def _trial(name: str, outcome: Outcome, seconds: float, whole_batch: bool) -> RewardTrial:
     if isinstance(outcome, str):
-        return RewardTrial(name, (None,) * _PICTURES, (outcome,), seconds)
+        return RewardTrial(name, (None,) * _PICTURES, (outcome,), seconds, whole_batch)
     problems = dict.fromkeys(score.reason for score in outcome if score.value is None)
-    return RewardTrial(name, tuple(score.value for score in outcome), tuple(problems), seconds)
+    values = tuple(score.value for score in outcome)
+    return RewardTrial(name, values, tuple(problems), seconds, whole_batch)
 
 
 def synthetic_pictures() -> list[Image.Image]:

@@ -13,7 +13,7 @@ import torch
 from common.atomic import atomic_dir, write_text
 from common.errors import RunError
 from common.journal import Journal
-from common.lock import folder_lock
+from common.lock import run_lock
 from common.processes import is_main_process
 from common.progress import Progress, SilentProgress
 from common.seeds import counter_seed
@@ -23,8 +23,14 @@ from policy.quiet import quiet_libraries
 from recipes import LoadedRecipe, Recipe, dump_recipe, load_recipe
 from recipes.locate import located
 from recipes.schema_pretrain import AutoencoderRecipe, ImageTokenizerRecipe, PretrainRecipe
-from rl.checkpoints import checkpoint_to_resume, newest_valid, step_of
+from rl.checkpoints import (
+    checkpoint_to_resume,
+    newest_valid,
+    refuse_other_processes,
+    step_of,
+)
 from rl.codecs import scene_pixels, train_autoencoder, train_image_tokenizer
+from rl.preflight import check_trackers
 from rl.pretrain import pretrain, task_weights
 from rl.provenance import with_stage
 from rl.start_policy import export_policy, load_start
@@ -62,8 +68,8 @@ class RunLog:
 
         Only now, so that a run that cannot start leaves no folder behind.
         """
+        self._held.enter_context(self._lock)
         if is_main_process():
-            self._held.enter_context(self._lock)
             write_text(self.run_dir / "recipe.yaml", dump_recipe(self.recipe))
             self.journal = Journal(self.run_dir / "metrics.jsonl")
             self.journal.rewind(-1 if self._done is None else self._done)
@@ -91,12 +97,12 @@ def build(loaded: LoadedRecipe, run_dir: Path, progress: Progress | None = None)
     progress = progress or SilentProgress()
     if isinstance(recipe, PretrainRecipe):
         recipe = located(recipe, loaded.files)
-        _pretrain(recipe, run_dir, progress, None, folder_lock(run_dir))
+        _pretrain(recipe, run_dir, progress, None, run_lock(run_dir))
         return
     assert isinstance(recipe, CodecRecipe)
     policy = load_start(recipe.policy.path, recipe.seed)
     start = policy_hash(policy)
-    with RunLog(recipe, run_dir, progress, folder_lock(run_dir)) as log:
+    with RunLog(recipe, run_dir, progress, run_lock(run_dir)) as log:
         log.begin()
         _train_codec(policy, recipe, log)
         progress.finish("train")
@@ -114,8 +120,10 @@ def resume(run_dir: Path, progress: Progress | None = None) -> None:
             f"`{recipe.name}` is a {recipe.kind} recipe, whose runs cannot be resumed.\n"
             "    Fix: run the stage again with `atelier train` and another --out."
         )
-    with folder_lock(run_dir) if is_main_process() else nullcontext():
+    with run_lock(run_dir):
         checkpoint = checkpoint_to_resume(run_dir, progress)
+        if checkpoint is not None and recipe.train.deepspeed:
+            refuse_other_processes(checkpoint)
         _pretrain(recipe, run_dir, progress, checkpoint, nullcontext())
 
 
@@ -129,6 +137,7 @@ def _pretrain(
     main = is_main_process()
     if not main:
         progress = SilentProgress()
+    check_trackers(recipe)
     done = None if checkpoint is None else step_of(checkpoint)
     with quiet_libraries(), RunLog(recipe, run_dir, progress, lock, done) as log:
         pretrain(recipe, run_dir, log, progress, checkpoint)

@@ -70,7 +70,7 @@ class JournalCallback(TrainerCallback):
             key.removeprefix("parts/"): v for key, v in logs.items() if key.startswith("parts/")
         }
         if self.trainer.ahead is not None:
-            row["policy_lag"] = 1
+            row["policy_lag"] = self.trainer.policy_lag
         row |= self._details() | self._missing()
         row["samples"] = self._samples()
         row |= self._times()
@@ -89,6 +89,8 @@ class JournalCallback(TrainerCallback):
         intervals = list(self.trainer.timeline.intervals)
         sampled = max((interval.end for interval in intervals), default=self._started)
         intervals.append(Interval("update", 0, sampled, max(self._ended, sampled)))
+        if self.trainer.ahead is not None:
+            intervals += self.trainer.ahead.intervals()
         intervals.sort(key=lambda interval: interval.start)
         return {
             "seconds": {k: round(v, 4) for k, v in busy_seconds(intervals).items()},

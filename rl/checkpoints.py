@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from common.atomic import full_disk_named, sync_folder, write_text
 from common.errors import RunError
+from common.processes import process_count
 from common.progress import Progress
 
 if TYPE_CHECKING:
@@ -35,7 +36,8 @@ def publish(staged: Path, checkpoints: Path, step: int, keep_last: int) -> Path:
         with open(path, "rb") as file:
             os.fsync(file.fileno())
     sums = {str(path.relative_to(staged)): _sha256(path) for path in files}
-    write_text(staged / MANIFEST, json.dumps({"step": step, "sha256": sums}, indent=2))
+    facts = {"step": step, "processes": process_count(), "sha256": sums}
+    write_text(staged / MANIFEST, json.dumps(facts, indent=2))
     checkpoints.mkdir(parents=True, exist_ok=True)
     target = checkpoints / checkpoint_name(step)
     if target.exists():
@@ -105,6 +107,17 @@ def checkpoint_to_resume(run_dir: Path, progress: Progress) -> Path | None:
         progress.line(f"passed over {line}")
     progress.line(f"resuming from {checkpoint or 'the start: there is no checkpoint yet'}")
     return checkpoint
+
+
+def refuse_other_processes(checkpoint: Path) -> None:
+    """Raise RunError unless this run has as many processes as the one that wrote the checkpoint."""
+    ours = process_count()
+    theirs = json.loads((checkpoint / MANIFEST).read_text()).get("processes", ours)
+    if theirs != ours:
+        raise RunError(
+            f"{checkpoint} was written by {theirs} training processes, and now there are {ours}.\n"
+            f"    Fix: resume with {theirs}, as the run began."
+        )
 
 
 def step_of(folder: Path) -> int:

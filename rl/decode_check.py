@@ -24,7 +24,7 @@ class DecodeCheck:
     """Compares every `every` steps, on the first `prompts` groups, with the decoding `full`.
 
     Below the rank correlation `limit`, the sampler's decoding gets twice the steps, up to those of
-    `full`; with as many steps, its guidance. What was found is appended to `events`.
+    `full`; with as many steps, its guidance and interval. What was found is appended to `events`.
     """
 
     every: int
@@ -68,6 +68,7 @@ class DecodeCheck:
                 "raised": too_low,
                 "steps": sampler.decode.steps,
                 "guidance": sampler.decode.guidance,
+                "guidance_interval": sampler.decode.guidance_interval,
             }
         )
 
@@ -76,7 +77,7 @@ def raised(used: Decode, full: Decode) -> Decode:
     """Return the next better decoding than `used` on the way to `full`; `used` if there is none."""
     if used.steps < full.steps:
         return replace(used, steps=min(2 * used.steps, full.steps))
-    return replace(used, guidance=full.guidance)
+    return replace(used, guidance=full.guidance, guidance_interval=full.guidance_interval)
 
 
 def rank_correlations(
@@ -104,4 +105,10 @@ def decode_of_journal(rows: Sequence[dict[str, Any]], start: Decode) -> Decode:
     checks = [row for row in rows if row.get("event") == "decode_check"]
     if not checks:
         return start
-    return replace(start, steps=checks[-1]["steps"], guidance=checks[-1]["guidance"])
+    low, high = checks[-1]["guidance_interval"]
+    return replace(
+        start,
+        steps=checks[-1]["steps"],
+        guidance=checks[-1]["guidance"],
+        guidance_interval=(low, high),
+    )

@@ -42,7 +42,8 @@ class ImageGRPOTrainer(GRPOTrainer):
     `sampler` makes the rollouts, `rewards` judges them, `sync` brings the weights of a step to the
     engine and proves that they arrived. Rollouts are also written to the folder `save_to`, or read
     from `replay` instead of being made. `last_rollout`, `last_prompts` and `last_scores` stay
-    readable for callbacks, and `all_scores`, which has those of the other processes too.
+    readable for callbacks, and `all_scores`, which has those of the other processes too;
+    `policy_lag` is the number of updates between the weights that drew them and those of the step.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class ImageGRPOTrainer(GRPOTrainer):
         self.last_scores: list[Scored] = []
         self.all_scores: list[Scored] = []
         self.last_prompts: list[str] = []
+        self.policy_lag = 0
         self._asked: list[Mapping[str, Any]] = []  # the records of the step's samples
         self._old_logprobs: Tensor | None = None
         self._nothing_to_learn = False
@@ -137,8 +139,11 @@ class ImageGRPOTrainer(GRPOTrainer):
             rollout = load_rollout(self.replay, prompts, step, process, self.accelerator.device)
         else:
             rollout = self.sampler(groups, size, step, process, judge=self._judge)
+        if self.ahead is not None:
+            self.policy_lag = step - self.ahead.sampled_from
         if self.save_to is not None:
-            save_rollout(self.save_to, rollout, prompts, step, process)
+            with self.timeline.busy("save"):
+                save_rollout(self.save_to, rollout, prompts, self.sampler.sampling, step, process)
         self.last_rollout, self.last_scores = rollout, rollout.scores
         # Without the correction TRL does not ask for them: an update a step has ratio 1.
         self._old_logprobs = rollout.logprobs if self.vllm_importance_sampling_correction else None
@@ -178,6 +183,7 @@ class ImageGRPOTrainer(GRPOTrainer):
         A picture's entry holds what each reward counts, which TRL multiplies with its weight.
         """
         self.all_scores = gather_object(self.last_scores)
+        self._gather_events()
         weights = self.rewards.weights(self.state.global_step)
         self.reward_weights = torch.tensor([weights[name] for name in self.rewards.names])
         for name in self.rewards.names:
@@ -197,6 +203,14 @@ class ImageGRPOTrainer(GRPOTrainer):
                 "`atelier resume`."
             )
         return [scored.counted for scored in self.last_scores]
+
+    def _gather_events(self) -> None:
+        """Give the first process, which writes the journal, what happened in the others."""
+        if self.accelerator.num_processes == 1:
+            return
+        events, process = self.sampler.events, self.accelerator.process_index
+        gathered = gather_object([event | {"process": process} for event in events])
+        events[:] = gathered if self.accelerator.is_main_process else []
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Return TRL's optimizer, which leaves all as it is in a step that teaches nothing.

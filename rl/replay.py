@@ -1,8 +1,8 @@
 """Rollouts on disk: a run saves its own, another learns from them without sampling anything.
 
-A step's samples are a folder, `step-000000-0` (step, process): `samples.json` with prompts and
-scores, `tokens.safetensors`, and the pictures for the eye. Replayed with the recipe that saved
-them, a run's updates are the same to the last bit.
+A step's samples are a folder, `step-000000-0` (step, process): `samples.json` with prompts, scores
+and how they were sampled, `tokens.safetensors`, and the pictures for the eye. Replayed with the
+recipe that saved them, a run's updates are the same to the last bit.
 """
 
 import dataclasses
@@ -15,38 +15,25 @@ from safetensors.torch import load_file, save_file
 
 from common.atomic import write_text
 from common.errors import RunError
+from common.processes import process_count
+from policy.sampling import Sampling
 from rewards.runner import Scored
 from rl.rollouts import Rollout
+from rl.saved_rollouts import samples_file
 
 _TENSORS = ("completion_ids", "behaviour_logprobs", "logprobs")
 
 
-def refuse_used(folder: Path) -> None:
-    """Raise RunError if a folder to save to holds rollouts of an earlier run."""
-    if any(folder.glob("step-*")):
-        raise RunError(
-            f"{folder} holds saved rollouts already.\n    Fix: give --save-rollouts a new folder."
-        )
-
-
-def check_saved(folder: Path, steps: int) -> None:
-    """Raise RunError unless `folder` holds the rollouts of the steps 0 to `steps` - 1."""
-    there = 0
-    while _samples(folder, there, 0).is_file():
-        there += 1
-    if there < steps:
-        fix = f"set train.steps={there}" if there else "give the folder of --save-rollouts"
-        raise RunError(
-            f"{folder} holds the rollouts of {there} steps in a row, and the recipe has {steps}.\n"
-            f"    Fix: {fix}."
-        )
-
-
 def save_rollout(
-    folder: Path, rollout: Rollout, prompts: Sequence[str], step: int, process: int
+    folder: Path,
+    rollout: Rollout,
+    prompts: Sequence[str],
+    sampling: Sampling,
+    step: int,
+    process: int,
 ) -> None:
     """Write a step's samples; `samples.json` comes last, so a torn write is no rollout."""
-    file = _samples(folder, step, process)
+    file = samples_file(folder, step, process)
     (file.parent / "images").mkdir(parents=True, exist_ok=True)
     for number, image in enumerate(rollout.images):
         image.save(file.parent / "images" / f"{number:04d}.png")
@@ -57,7 +44,12 @@ def save_rollout(
         for prompt, ids, scored in zip(prompts, rollout.prompt_ids, rollout.scores, strict=True)
     ]
     # What a reward tells beyond its scores may be anything; it is kept as text.
-    write_text(file, json.dumps(samples, ensure_ascii=False, default=str))
+    facts = {
+        "processes": process_count(),
+        "sampling": dataclasses.asdict(sampling),
+        "samples": samples,
+    }
+    write_text(file, json.dumps(facts, ensure_ascii=False, default=str))
 
 
 def load_rollout(
@@ -67,13 +59,13 @@ def load_rollout(
 
     Raises RunError where there are none, or those of other prompts.
     """
-    file = _samples(folder, step, process)
+    file = samples_file(folder, step, process)
     if not file.is_file():
         raise RunError(
             f"{folder} has no rollouts of step {step}, process {process}.\n"
             "    Fix: replay with the number of processes that saved them."
         )
-    samples = json.loads(file.read_text(encoding="utf-8"))
+    samples = json.loads(file.read_text(encoding="utf-8"))["samples"]
     if [sample["prompt"] for sample in samples] != list(prompts):
         raise RunError(
             f"{file} holds samples of other prompts than this recipe draws.\n"
@@ -89,7 +81,3 @@ def load_rollout(
         [Scored(**sample["score"]) for sample in samples],
         [],
     )
-
-
-def _samples(folder: Path, step: int, process: int) -> Path:
-    return folder / f"step-{step:06d}-{process}" / "samples.json"

@@ -88,7 +88,7 @@ class Sampler:
         self.decode = decode
         self.run_seed = run_seed
         self.waves = waves
-        events = [] if events is None else events
+        self.events = events = [] if events is None else events
         self._scoring = MicroBatch("score", micro_batch, "set train.micro_batch lower", events)
         self.decoder = Decoder(policy, micro_batch, events)
 

@@ -14,7 +14,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from common.atomic import atomic_dir, write_text
 from common.errors import Interrupted, RunError
 from common.journal import Journal, read_journal
-from common.lock import folder_lock
+from common.lock import run_lock
 from common.processes import is_main_process, process_count
 from common.progress import Progress, SilentProgress
 from data.prompts import draw_records
@@ -27,18 +27,20 @@ from policy.sampling import Sampling
 from recipes import LoadedRecipe, dump_recipe, load_recipe
 from recipes.locate import located
 from recipes.schema_grpo import GrpoRecipe
+from recipes.schema_rollout import DecodeEvalSection
 from rewards.cache import ScoreCache
 from rewards.runner import RewardRunner
 from rewards.spec import spec_from
 from rl.callbacks import HeldOutCallback, InterruptCallback, JournalCallback
-from rl.checkpoints import checkpoint_to_resume, step_of
+from rl.checkpoints import checkpoint_to_resume, refuse_other_processes, step_of
 from rl.decode_check import DecodeCheck, decode_of_journal
 from rl.devices import note_devices, training_device, use_one_gpu
 from rl.grpo import ImageGRPOTrainer, Sync
 from rl.lora import lora_config
+from rl.preflight import check_replay, check_trackers, check_whole_batch
 from rl.provenance import with_stage
-from rl.replay import check_saved, refuse_used
 from rl.rollouts import Sampler
+from rl.saved_rollouts import check_saved_by, refuse_used
 from rl.trl_release import GRPOConfig
 from rl.zero import zero_config
 from rollout.ahead import AheadEngine
@@ -63,8 +65,7 @@ def train(loaded: LoadedRecipe, run_dir: Path, progress: Progress | None = None)
     recipe = located(_grpo(loaded), loaded.files)
     if recipe.rollout.save_to:
         refuse_used(Path(recipe.rollout.save_to))
-    lock = folder_lock(run_dir) if is_main_process() else nullcontext()
-    _run(recipe, run_dir, progress or SilentProgress(), None, lock)
+    _run(recipe, run_dir, progress or SilentProgress(), None, run_lock(run_dir))
 
 
 def resume(run_dir: Path, progress: Progress | None = None) -> None:
@@ -73,9 +74,11 @@ def resume(run_dir: Path, progress: Progress | None = None) -> None:
     path = run_dir / "recipe.yaml"
     if not path.is_file():
         raise RunError(f"{run_dir} is not a run: recipe.yaml is missing.")
-    with folder_lock(run_dir) if is_main_process() else nullcontext():
+    with run_lock(run_dir):
         recipe = _grpo(load_recipe(str(path)))
         checkpoint = checkpoint_to_resume(run_dir, progress)
+        if checkpoint is not None:
+            refuse_other_processes(checkpoint)
         _run(recipe, run_dir, progress, checkpoint, nullcontext())
 
 
@@ -89,10 +92,12 @@ def _run(
     main = is_main_process()
     if not main:
         progress = SilentProgress()
+    check_trackers(recipe)
+    check_replay(recipe)
     check_processes(recipe, process_count())
     with quiet_libraries(), ExitStack() as parts:
         policy = load_policy(recipe)
-        start = policy_hash(policy)
+        start = policy_hash(policy) if main else ""
         lora = lora_config(recipe.policy.lora, policy) if recipe.policy.lora else None
         prompts = recipe.prompts
         records = draw_records(
@@ -106,8 +111,8 @@ def _run(
         rewards = parts.enter_context(build_rewards(recipe))
         rewards.check_records(records)
         if recipe.rollout.replay:
-            check_saved(Path(recipe.rollout.replay), recipe.train.steps)
-        check_parts(recipe, rewards)
+            check_saved_by(Path(recipe.rollout.replay), process_count(), rewards.names)
+        check_whole_batch(recipe, rewards.whole_batch, process_count())
         suite = (
             load_suite(recipe.evals.suite, recipe.evals.limit).from_prompts_alone()
             if recipe.evals.every
@@ -117,13 +122,13 @@ def _run(
         longest = max(map(len, policy.prompt_ids(sorted(asked))))
         events: Events = []
         engine = parts.enter_context(closing(build_engine(recipe, policy, longest, events)))
-        sync = _sync(policy, engine)
+        sync = _sync(policy, engine, bool(adapter_rank(recipe)))
         rollout, decode = recipe.rollout, recipe.decode.train
         sampler = Sampler(
             policy,
             engine,
             Sampling(rollout.temperature, rollout.top_k, rollout.top_p),
-            Decode(decode.steps, decode.guidance, decode.noise == "shared_in_group"),
+            decoding(decode, decode.noise == "shared_in_group"),
             recipe.seed,
             recipe.train.micro_batch,
             rollout.waves,
@@ -246,6 +251,7 @@ def build_engine(recipe: GrpoRecipe, policy: Policy, longest_prompt: int, events
         recipe.policy.dtype,
         longest_prompt,
         device,
+        adapter_rank(recipe),
     )
     if not rollout.workers:
         return spec.build()
@@ -259,26 +265,17 @@ def build_engine(recipe: GrpoRecipe, policy: Policy, longest_prompt: int, events
     return AheadEngine(pool) if rollout.max_policy_lag else pool
 
 
+def adapter_rank(recipe: GrpoRecipe) -> int | None:
+    """Return the rank of the adapters that travel to the engine alone; None: they do not."""
+    alone = recipe.rollout.lora_sync == "adapter" and not recipe.rollout.replay
+    return recipe.policy.lora.rank if recipe.policy.lora and alone else None
+
+
 def build_rewards(recipe: GrpoRecipe) -> RewardRunner:
     """Load the rewards of a recipe whose files have been located."""
     specs = [spec_from(function.model_dump()) for function in recipe.rewards.functions]
     folder = Path(recipe.prompts.source).parent
     return RewardRunner(specs, folder=folder, cache=ScoreCache() if recipe.rewards.cache else None)
-
-
-def check_parts(recipe: GrpoRecipe, rewards: RewardRunner) -> None:
-    """Raise RunError if a reward would have to judge a step in parts and cannot."""
-    in_parts = {
-        "rollout.waves": (recipe.rollout.waves, 1, "set rollout.waves to 1"),
-        "decode.check.every": (recipe.decode.check.every, 0, "set decode.check.every to 0"),
-        "the number of training processes": (process_count(), 1, "start one process"),
-    }
-    for what, (value, off, fix) in in_parts.items():
-        if value != off and rewards.whole_batch:
-            raise RunError(
-                f"{what} is {value}, and the reward `{rewards.whole_batch[0]}` compares the "
-                f"pictures of a whole step.\n    Fix: {fix}."
-            )
 
 
 def trainer_config(recipe: GrpoRecipe, run_dir: Path, completion_length: int) -> GRPOConfig:
@@ -329,12 +326,14 @@ def trainer_config(recipe: GrpoRecipe, run_dir: Path, completion_length: int) ->
     )
 
 
-def _sync(policy: Policy, engine: Engine) -> Sync:
+def _sync(policy: Policy, engine: Engine, adapter: bool = False) -> Sync:
     config = policy.config
     probes = policy.prompt_ids(["a photo of a red circle", "a photo of two squares", "a sign", "x"])
 
+    images = (config.image_start_id, config.num_image_tokens)
+
     def sync(step: int) -> None:
-        side = ModelSide(policy.ar, step, probes, config.image_start_id, config.num_image_tokens)
+        side = ModelSide(policy.ar, step, probes, *images, adapter)
         if step % PROBE_EVERY == 0:
             verify_sync(engine, side, PROBE_TOLERANCE[policy.ar.dtype])
         else:
@@ -343,13 +342,17 @@ def _sync(policy: Policy, engine: Engine) -> Sync:
     return sync
 
 
+def decoding(section: DecodeEvalSection, shared_noise: bool = True) -> Decode:
+    """Return a section of the recipe as the decode stage takes it."""
+    return Decode(section.steps, section.guidance, shared_noise, section.guidance_interval)
+
+
 def _decode_check(recipe: GrpoRecipe, events: Events) -> DecodeCheck | None:
-    check, full = recipe.decode.check, recipe.decode.eval
+    check = recipe.decode.check
     if not check.every:
         return None
-    return DecodeCheck(
-        check.every, check.limit, check.prompts, Decode(full.steps, full.guidance), events
-    )
+    full = decoding(recipe.decode.eval)
+    return DecodeCheck(check.every, check.limit, check.prompts, full, events)
 
 
 def _held_out(recipe: GrpoRecipe, suite: Suite, sampler: Sampler, sync: Sync) -> Any:
@@ -358,7 +361,7 @@ def _held_out(recipe: GrpoRecipe, suite: Suite, sampler: Sampler, sync: Sync) ->
         sampler.policy,
         sampler.engine,
         Sampling(),
-        Decode(recipe.decode.eval.steps, recipe.decode.eval.guidance, shared_noise=False),
+        decoding(recipe.decode.eval, shared_noise=False),
         run_seed=0,
         micro_batch=recipe.train.micro_batch,
     )

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from policy.sampling import Sampling
 from rollout.engine import Engine, RolloutBatch
+from rollout.timeline import Interval, Timeline
 
 _REQUESTS, _TOKENS = "drawn_ahead.json", "drawn_ahead.safetensors"
 
@@ -43,6 +44,10 @@ class AheadEngine:
         self._engine = engine
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ahead")
         self._drawn: list[tuple[Request, Future[RolloutBatch]]] = []
+        self._drawn_from = self._step = 0
+        self._timeline = Timeline()
+        self.sampled_from = 0
+        """Step of the weights that drew the last answer."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -51,10 +56,19 @@ class AheadEngine:
 
     def draw_ahead(self, requests: Sequence[Request]) -> None:
         """Begin to answer `requests` with the present weights, in place of earlier ones."""
-        self._drawn = [
-            (r, self._thread.submit(self._engine.generate, r.prompt_ids, r.n, r.sampling, r.seeds))
-            for r in requests
-        ]
+        timeline = self._timeline = Timeline()
+
+        def draw(request: Request, wave: int) -> RolloutBatch:
+            with timeline.busy("ahead", wave):
+                return self._generate(request)
+
+        self._drawn = [(r, self._thread.submit(draw, r, i)) for i, r in enumerate(requests)]
+        self._drawn_from = self._step
+
+    def intervals(self) -> list[Interval]:
+        """Return when the engine drew what it was last told to draw ahead; waits for the end."""
+        self._settle()
+        return self._timeline.intervals
 
     def generate(
         self, prompt_ids: list[list[int]], n: int, sampling: Sampling, seeds: list[int]
@@ -63,14 +77,17 @@ class AheadEngine:
         asked = Request(prompt_ids, n, sampling, seeds)
         for request, batch in self._drawn:
             if request == asked:
+                self.sampled_from = self._drawn_from
                 return batch.result()
         self._settle()
-        return self._engine.generate(prompt_ids, n, sampling, seeds)
+        self.sampled_from = self._step
+        return self._generate(asked)
 
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], step: int) -> None:
         """See `Engine`."""
         self._settle()
         self._engine.load_weights(named_tensors, step)
+        self._step = step
 
     def fingerprint(self) -> str:
         """See `Engine`."""
@@ -86,7 +103,8 @@ class AheadEngine:
         """Write what is drawn ahead: a resumed run cannot draw it again, its weights are gone."""
         batches = self._settle()
         requests = [asdict(request) for request, _ in self._drawn]
-        (folder / _REQUESTS).write_text(json.dumps(requests), encoding="utf-8")
+        facts = {"step": self._drawn_from, "requests": requests}
+        (folder / _REQUESTS).write_text(json.dumps(facts), encoding="utf-8")
         tensors = {f"completion_ids.{i}": batch.completion_ids for i, batch in enumerate(batches)}
         tensors |= {f"logprobs.{i}": batch.behaviour_logprobs for i, batch in enumerate(batches)}
         save_file(tensors, folder / _TOKENS)
@@ -96,15 +114,19 @@ class AheadEngine:
         if not (folder / _REQUESTS).is_file():
             return
         tensors = load_file(folder / _TOKENS)
-        self._drawn = []
-        for i, facts in enumerate(json.loads((folder / _REQUESTS).read_text(encoding="utf-8"))):
-            request = Request(**facts | {"sampling": Sampling(**facts["sampling"])})
+        facts = json.loads((folder / _REQUESTS).read_text(encoding="utf-8"))
+        self._drawn, self._drawn_from = [], facts["step"]
+        for i, asked in enumerate(facts["requests"]):
+            request = Request(**asked | {"sampling": Sampling(**asked["sampling"])})
             batch: Future[RolloutBatch] = Future()
             prompts = [ids for ids in request.prompt_ids for _ in range(request.n)]
             batch.set_result(
                 RolloutBatch(prompts, tensors[f"completion_ids.{i}"], tensors[f"logprobs.{i}"])
             )
             self._drawn.append((request, batch))
+
+    def _generate(self, asked: Request) -> RolloutBatch:
+        return self._engine.generate(asked.prompt_ids, asked.n, asked.sampling, asked.seeds)
 
     def _settle(self) -> list[RolloutBatch]:
         """Wait for the engine; return what was drawn ahead."""

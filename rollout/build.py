@@ -25,6 +25,8 @@ class EngineSpec:
     dtype: str
     max_prompt_length: int
     device: str = "cpu"
+    lora_rank: int | None = None
+    """Of adapters that are pushed beside the folder's weights (vllm); None = whole models are."""
 
     def build(self) -> Engine:
         """Load the weights and start the engine in this process."""
@@ -34,7 +36,11 @@ class EngineSpec:
             from rollout.vllm_engine import VllmEngine
 
             return VllmEngine(
-                self.ar_folder, *images, dtype=dtype, max_prompt_length=self.max_prompt_length
+                self.ar_folder,
+                *images,
+                dtype=dtype,
+                max_prompt_length=self.max_prompt_length,
+                lora_rank=self.lora_rank,
             )
         from transformers import Qwen3ForCausalLM
 

@@ -14,12 +14,14 @@ from rollout.micro_batch import Events, MicroBatch, pieces
 
 @dataclass(frozen=True)
 class Decode:
-    """How tokens become pixels: Euler steps, guidance, and whose noise is whose."""
+    """How tokens become pixels: Euler steps, guidance and where, and whose noise is whose."""
 
     steps: int
     guidance: float
     shared_noise: bool = True
     """True: the members of a group start from the same noise (common random numbers)."""
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    """Noise levels at which there is guidance (`policy.diffusion.sample_latents`)."""
 
 
 class Decoder:
@@ -46,7 +48,11 @@ class Decoder:
                 noise = self.policy.noise(noise_seeds[rows])
                 images += to_images(
                     self.policy.render(
-                        hidden[rows], noise=noise, steps=decode.steps, guidance=decode.guidance
+                        hidden[rows],
+                        noise=noise,
+                        steps=decode.steps,
+                        guidance=decode.guidance,
+                        guidance_interval=decode.guidance_interval,
                     )
                 )
             return images

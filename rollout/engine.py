@@ -45,7 +45,10 @@ class Engine(Protocol):
         """Draw `n` completions of each prompt; `seeds` holds one seed for each of the P*n."""
 
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], step: int) -> None:
-        """Replace all weights; names are those of `Qwen3ForCausalLM`. Raises `WeightMismatch`."""
+        """Replace all weights; names are those of `Qwen3ForCausalLM`. Raises `WeightMismatch`.
+
+        An engine that was started to take adapters replaces its adapter (`split_tensors`) alone.
+        """
 
     def fingerprint(self) -> str:
         """`fingerprint_tensors` of the weights that the engine computes with, read back from it."""

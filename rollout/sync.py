@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from policy.sampling import Sampling, evaluation_mode
 from rollout.engine import Engine, WeightMismatch, fingerprint_tensors
-from rollout.weights import merged_tensors
+from rollout.weights import merged_tensors, split_tensors
 
 
 class TrainerSide(Protocol):
@@ -20,14 +20,20 @@ class TrainerSide(Protocol):
     probe_prompts: list[list[int]]
 
     def named_tensors(self) -> Iterable[tuple[str, Tensor]]:
-        """All weights, adapters merged, under the names of `Qwen3ForCausalLM`."""
+        """All weights: adapters merged, under the names of `Qwen3ForCausalLM`, or beside them."""
+
+    def pushed_tensors(self) -> Iterable[tuple[str, Tensor]]:
+        """Those that the engine does not have already."""
 
     def completion_logprobs(self, prompt_ids: list[int], completion_ids: Tensor) -> Tensor:
         """float32 [N]: teacher-forced log-probs of int64 [N] over the image rows, T = 1."""
 
 
 class ModelSide:
-    """`TrainerSide` of a causal LM in this process, plain or wrapped by PEFT."""
+    """`TrainerSide` of a causal LM in this process, plain or wrapped by PEFT.
+
+    `adapter`: the engine has the base, and the adapter is pushed by itself (`split_tensors`).
+    """
 
     def __init__(
         self,
@@ -36,15 +42,22 @@ class ModelSide:
         probe_prompts: Sequence[Sequence[int]],
         image_start_id: int,
         num_image_tokens: int,
+        adapter: bool = False,
     ) -> None:
         self.step = step
         self.probe_prompts = [list(ids) for ids in probe_prompts]
         self._model = model
         self._image_rows = slice(image_start_id, image_start_id + num_image_tokens)
+        self._adapter = adapter
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """See `TrainerSide`."""
-        return merged_tensors(self._model)
+        return split_tensors(self._model) if self._adapter else merged_tensors(self._model)
+
+    def pushed_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """See `TrainerSide`."""
+        tensors = self.named_tensors()
+        return (pair for pair in tensors if not self._adapter or ".lora_" in pair[0])
 
     @torch.no_grad()
     def completion_logprobs(self, prompt_ids: list[int], completion_ids: Tensor) -> Tensor:
@@ -64,7 +77,7 @@ def push_weights(engine: Engine, trainer_side: TrainerSide) -> None:
     The fingerprint of what the engine holds equals the trainer's bit for bit, so that a change too
     small to move a log-prob is seen as well. Cheap enough for every step.
     """
-    engine.load_weights(trainer_side.named_tensors(), trainer_side.step)
+    engine.load_weights(trainer_side.pushed_tensors(), trainer_side.step)
     expected = fingerprint_tensors(
         (name, tensor.to(engine.dtype)) for name, tensor in trainer_side.named_tensors()
     )

@@ -14,6 +14,7 @@ import random
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from common.errors import PolicyError, RunError
 from common.heavy import prepare_torchvision
 from policy.sampling import Sampling
 from rollout.engine import RolloutBatch, check_request, fingerprint_tensors
+from rollout.vllm_adapter import adapter_settings, read_adapter, swap_adapter
 from rollout.vllm_weights import read_weights, repack_tied_head
 from rollout.weights import as_mapping, check_names
 
@@ -50,6 +52,8 @@ class VllmEngine:
         cache_gib: memory for keys and values, in GiB.
         compile_model: compile (CPU: about 30 s) or capture graphs (GPU) at the start.
         threads: threads of torch's pool while sampling; None leaves the process's setting.
+        lora_rank: rank of the adapter that pushes consist of, beside the base in `ar_folder`; None:
+            pushes are whole models.
     """
 
     def __init__(
@@ -65,6 +69,7 @@ class VllmEngine:
         cache_gib: float = 1.0,
         compile_model: bool = False,
         threads: int | None = None,
+        lora_rank: int | None = None,
     ) -> None:
         if not (Path(ar_folder) / "config.json").is_file():
             raise PolicyError(f"{ar_folder} has no config.json; give the ar folder of a policy")
@@ -74,6 +79,8 @@ class VllmEngine:
         self._max_prompt_length = max_prompt_length
         self._image_ids = list(range(image_start_id, image_start_id + num_image_tokens))
         self._threads = threads
+        self._lora_rank = lora_rank
+        self._adapter: Any = None  # what requests name it by
         self._compiled = compile_model
         self._owns_process_group = not torch.distributed.is_initialized()
         with _process_untouched():
@@ -95,6 +102,7 @@ class VllmEngine:
                 logprobs_mode="processed_logprobs",
                 disable_log_stats=True,
                 use_tqdm_on_load=False,
+                **adapter_settings(lora_rank),
             )
         self._expected = {name: tensor.shape for name, tensor in self._weights()}
 
@@ -135,7 +143,10 @@ class VllmEngine:
         ]
         with _random_states_kept(), self._own_threads(), self._eager():
             outputs = self._llm.generate(
-                [{"prompt_token_ids": ids} for ids in owners], params, use_tqdm=False
+                [{"prompt_token_ids": ids} for ids in owners],
+                params,
+                use_tqdm=False,
+                lora_request=self._adapter,
             )
         tokens, logprobs = [], []
         for output in outputs:
@@ -159,11 +170,11 @@ class VllmEngine:
         vLLM itself would take one with a warning, and fill the rest of a fused layer with whatever
         was in memory.
         """
-        tensors = check_names(as_mapping(named_tensors), self._expected, "vllm")
-        pushed = [(name, tensor.detach()) for name, tensor in tensors.items()]
-        with _random_states_kept(), torch.no_grad():
-            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(pushed)})
-            self._llm.apply_model(repack_tied_head)
+        tensors = as_mapping(named_tensors)
+        if self._lora_rank is not None:
+            self._adapter = swap_adapter(self._llm, tensors, self._lora_rank)
+        else:
+            self._reload(check_names(tensors, self._expected, "vllm"))
         # Keys and values of prompts, computed with the old weights.
         if not self._llm.reset_prefix_cache():
             raise RunError("vLLM could not drop its prefix cache while requests were running")
@@ -182,9 +193,16 @@ class VllmEngine:
         if self._owns_process_group:
             cleanup_dist_env_and_memory()
 
+    def _reload(self, tensors: dict[str, Tensor]) -> None:
+        pushed = [(name, tensor.detach()) for name, tensor in tensors.items()]
+        with _random_states_kept(), torch.no_grad():
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(pushed)})
+            self._llm.apply_model(repack_tied_head)
+
     def _weights(self) -> list[tuple[str, Tensor]]:
         [weights] = self._llm.apply_model(read_weights)
-        return list(weights)
+        [adapter] = self._llm.apply_model(partial(read_adapter, rank=self._lora_rank))
+        return [*weights, *adapter]
 
     @contextmanager
     def _own_threads(self) -> Iterator[None]:

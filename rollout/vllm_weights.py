@@ -32,8 +32,9 @@ def read_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
     fused = model.packed_modules_mapping
     for name, parameter in model.named_parameters():
         path, _, leaf = name.rpartition(".")
-        owner, _, last = path.rpartition(".")
         layer = model.get_submodule(path)
+        path = path.removesuffix(".base_layer")  # inside of it where vLLM takes adapters
+        owner, _, last = path.rpartition(".")
         value = parameter.detach()
         if leaf == "weight" and value.numel() == 0:
             value = _unpacked(layer, layer.input_size_per_partition)
@@ -45,7 +46,7 @@ def read_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
             for part, piece in zip(fused[last], parts, strict=True):
                 yield f"{owner}.{part}.{leaf}", piece
         else:
-            yield name, value
+            yield f"{path}.{leaf}", value
     _check_packed_head(model)
 
 

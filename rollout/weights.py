@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,25 @@ def merged_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         else:
             value = parameter.detach()
         yield name.removeprefix("base_model.model."), value
+
+
+def split_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, tensor) of a PEFT causal LM: its base under the plain names, and its adapter.
+
+    The adapter's are `LAYER.lora_A.weight` [r, in] and `LAYER.lora_B.weight` [out, r], the second
+    times the adapter's scale, so that what it adds to a layer's weight is their product B A.
+    """
+    for name, parameter in model.named_parameters():
+        value, plain = parameter.detach(), name.removeprefix("base_model.model.")
+        if ".lora_" in name:
+            path, kind, adapter, leaf = name.rsplit(".", 3)
+            layer: Any = model.get_submodule(path)
+            if adapter not in layer.active_adapters:
+                continue
+            if kind == "lora_B":
+                value = value * layer.scaling[adapter]
+            plain = plain.replace(f".{adapter}.{leaf}", f".{leaf}")
+        yield plain.replace(".base_layer.", "."), value
 
 
 def has_adapters(model: nn.Module) -> bool:

@@ -15,6 +15,7 @@ from accelerate.state import AcceleratorState, GradientState
 import rl.run
 import rl.zero
 from common.processes import is_main_process
+from policy import Policy
 from recipes import load_recipe
 from rl.build import build, resume
 
@@ -36,10 +37,23 @@ def main(recipe: str, out: str, *runs: str) -> None:
             torch.distributed.barrier()
             (rl.run.resume if "grpo" in name else resume)(folder)
         else:
+            if name == "grpo-uneven" and not is_main_process():
+                lack_memory_once()
             loaded = load_recipe(other or recipe, [o for o in overrides.split(";") if o])
             (rl.run.train if loaded.recipe.kind == "grpo" else build)(loaded, folder)
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
+
+
+def lack_memory_once() -> None:
+    """Let the next picture that this process renders find no memory."""
+    render = Policy.render
+
+    def lacking(*args: object, **kwargs: object) -> torch.Tensor:
+        Policy.render = render
+        raise torch.OutOfMemoryError("there is none")
+
+    Policy.render = lacking
 
 
 if __name__ == "__main__":

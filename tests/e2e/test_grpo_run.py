@@ -14,6 +14,8 @@ from cli.main import main
 from common.journal import read_journal
 from evals.policy_hash import policy_hash
 from policy import Policy
+from policy.sampling import Sampling
+from rewards.runner import Scored
 
 ROOT = Path(__file__).resolve().parents[2]
 STEP_LINE = re.compile(
@@ -215,6 +217,7 @@ def test_a_replay_repeats_the_updates_to_the_last_bit_and_samples_nothing(train,
     options = ("train.steps=3", "algorithm.beta=0.05")
     exit_code, out, _, stderr = train(*options, "--save-rollouts", str(saved))
     assert exit_code == 0, stderr
+    assert all(row["seconds"].pop("save") > 0 for row in steps(out))
     out.rename(made)
     assert sorted(f.name for f in saved.iterdir()) == [f"step-00000{i}-0" for i in range(3)]
     assert len(list((saved / "step-000000-0" / "images").glob("*.png"))) == 16
@@ -239,9 +242,29 @@ def test_rollouts_that_do_not_fit_are_refused(train, tmp_path):
     refused(
         train("--replay", str(saved), "--save-rollouts", str(tmp_path / "x")), 2, "one of the two"
     )
-    exit_code, _, _, stderr = train("train.steps=1", "seed=5", "--replay", str(saved))
+    replay = ("train.steps=1", "--replay", str(saved))
+    refused(train(*replay, "rollout.temperature=0.5"), 1, "temperature is 0.5", "temperature=1")
+    refused(train(*replay, "rollout.top_p=0.9"), 1, "rollout.top_p is 0.9, and", "rollout.top_p=1")
+    other = "rewards.functions=[{use: geneval, args: {detector: scenes}}]"
+    refused(train(*replay, other), 1, "judged by redness", "the recipe has geneval")
+    exit_code, _, _, stderr = train(*replay, "seed=5")
     assert exit_code == 1
     assert "samples of other prompts" in stderr
+
+
+def test_rollouts_of_two_processes_are_not_replayed_by_one(train, tmp_path):
+    from rl.replay import save_rollout
+    from rl.rollouts import Rollout
+
+    tensor = torch.zeros(1, 36)
+    scored = Scored(0.5, {"redness": 0.5}, counted={"redness": 0.5})
+    rollout = Rollout([[1]], tensor, tensor.clone(), tensor.clone(), [], [scored], [])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "2")
+        for process in range(2):
+            save_rollout(tmp_path / "saved", rollout, ["x"], Sampling(), 0, process)
+    result = train("train.steps=1", "--replay", str(tmp_path / "saved"))
+    refused(result, 1, "saved by 2 training processes", "this run has 1", "start 2")
 
 
 def test_a_run_on_signs_is_read_by_ocr(train, policy_folder):
@@ -273,10 +296,11 @@ def test_a_run_is_scored_by_geneval_on_the_scene_world(train, policy_folder):
         assert {"strict", "soft", "extra_objects"} <= row.keys()
 
 
-def test_the_vllm_engine_samples_what_the_trainer_scores(train, policy_folder):
+@pytest.mark.parametrize("lora_sync", ["merged", "adapter"])
+def test_the_vllm_engine_samples_what_the_trainer_scores(train, policy_folder, lora_sync):
     exit_code, out, stdout, stderr = train(
         "rollout.engine=vllm", "train.steps=3", "train.learning_rate=1e-2", "evals.every=3",
-        "evals.limit=2",
+        "evals.limit=2", f"rollout.lora_sync={lora_sync}",
     )  # fmt: skip
     assert exit_code == 0, stderr
     assert_clean(stdout, stderr)
@@ -284,6 +308,21 @@ def test_the_vllm_engine_samples_what_the_trainer_scores(train, policy_folder):
     assert len(rows) == 3
     # After two updates of this size a stale engine would be off by far more.
     assert all(row["logprob_mismatch_max"] < 1e-4 for row in rows)
+    assert moved(out, policy_folder)
+
+
+def test_a_worker_samples_the_next_step_while_this_one_is_learnt(train, policy_folder):
+    exit_code, out, _, stderr = train(
+        "rollout.workers=1", "rollout.max_policy_lag=1", "train.steps=3", "policy.lora=null",
+        "evals.every=2", "evals.limit=2",
+    )  # fmt: skip
+    assert exit_code == 0, stderr
+    rows = steps(out)
+    assert [row["policy_lag"] for row in rows] == [0, 1, 1]
+    assert [row["seconds"].get("ahead", 0) > 0 for row in rows] == [True, True, False]
+    # Log-probs are of the weights that drew: those of the step, then those before the update.
+    assert rows[0]["logprob_mismatch_max"] < 1e-4
+    assert all(row["logprob_mismatch_max"] > 1e-2 for row in rows[1:])
     assert moved(out, policy_folder)
 
 

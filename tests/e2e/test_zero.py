@@ -208,6 +208,13 @@ def test_processes_with_other_numbers_of_informative_groups_learn_together(runs:
     assert row["grad_norm"] > 0
 
 
+def test_what_happens_in_other_processes_is_journaled(runs: Path) -> None:
+    """The second process found no memory for its pictures, once."""
+    journal = read_journal(runs / "grpo-uneven" / "metrics.jsonl")
+    [event] = [row for row in journal if row.get("event") == "micro_batch_halved"]
+    assert (event["stage"], event["process"], event["step"]) == ("render", 1, 1)
+
+
 def test_grpo_under_zero_evaluates_once_and_trains_bfloat16_weights(runs: Path) -> None:
     journal = read_journal(runs / "grpo-zero2-lora" / "metrics.jsonl")
     assert [row["step"] for row in journal if row.get("event") == "eval"] == [0, 3]

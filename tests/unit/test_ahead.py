@@ -1,6 +1,7 @@
 """Drawing ahead: whose weights a sample has, what the correction makes of it, what is resumed."""
 
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,12 +19,15 @@ from test_grpo_trainer import (
 from test_rollouts import engine_of
 
 from common.errors import RecipeError
+from common.progress import SilentProgress
 from evals.alarms import alarms
 from policy import Policy
 from recipes import load_recipe
+from rl.callbacks import JournalCallback
 from rollout import Sampling
 from rollout.ahead import AheadEngine, Request
 from rollout.sync import ModelSide, push_weights
+from rollout.weights import merged_tensors
 
 CAP = 2.0
 
@@ -70,6 +74,15 @@ def lagging(policy_folder, tmp_path_factory):
         push_weights(trainer.ahead, side)
 
     trainer.vllm_generation._sync = sync
+    trainer.rows = []
+
+    class Rows:
+        def write(self, row):
+            trainer.rows.append(row)
+
+    shown = JournalCallback(Rows(), SilentProgress(), [])
+    shown.trainer = trainer
+    trainer.add_callback(shown)
     batches = watch_batches(trainer)
     trainer.train()
     yield trainer, engine, batches
@@ -114,6 +127,18 @@ def test_the_tokens_are_those_of_the_older_weights(lagging):
     assert not torch.equal(older.completion_ids, newer.completion_ids)
 
 
+def test_each_row_tells_its_lag_and_when_the_next_step_s_tokens_were_drawn(lagging):
+    trainer, _, _ = lagging
+    assert [row["policy_lag"] for row in trainer.rows] == [0, 1, 1]
+    for row, drawn in zip(trainer.rows, (1, 1, 0), strict=True):
+        spans = {stage: (start, end) for stage, _, start, end in row["stages"]}
+        assert ("ahead" in spans) == drawn
+        if drawn:
+            assert spans["reward"][1] <= spans["ahead"][0] < spans["ahead"][1]
+            assert spans["ahead"][0] < spans["update"][1], "not beside the update"
+            assert row["seconds"]["ahead"] > 0
+
+
 # --- the engine ----------------------------------------------------------------------------------
 
 
@@ -141,6 +166,7 @@ def test_other_requests_are_not_answered_with_what_was_drawn_ahead(policy, reque
 
 def test_a_resumed_run_goes_on_with_what_was_drawn_before(policy, requests, tmp_path):
     drawn = AheadEngine(Watched(policy))
+    drawn.load_weights(merged_tensors(policy.ar), 4)
     drawn.draw_ahead(requests)
     drawn.save(tmp_path)
     expected = [ask(drawn, request) for request in requests]
@@ -148,12 +174,16 @@ def test_a_resumed_run_goes_on_with_what_was_drawn_before(policy, requests, tmp_
     watched = Watched(policy)
     resumed = AheadEngine(watched)
     resumed.restore(tmp_path)
+    resumed.load_weights(merged_tensors(policy.ar), 5)
     for request, batch in zip(requests, expected, strict=True):
         found = ask(resumed, request)
         assert found.prompt_ids == batch.prompt_ids
         assert torch.equal(found.completion_ids, batch.completion_ids)
         assert torch.equal(found.behaviour_logprobs, batch.behaviour_logprobs)
-    assert watched.calls == []
+    assert resumed.sampled_from == 4
+    assert watched.calls == ["load 5"]
+    ask(resumed, replace(requests[0], seeds=[9, 9, 9, 9]))
+    assert resumed.sampled_from == 5
     resumed.close()
 
 

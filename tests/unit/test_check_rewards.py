@@ -1,6 +1,7 @@
 """`atelier check` calls the rewards: every way in which one can be wrong is told."""
 
 import json
+import sys
 
 import pytest
 from PIL import Image
@@ -18,6 +19,7 @@ rewards:
 """
 REWARDS = """
 import math, time
+from rewards import reward
 
 def length(images, prompts): return [0.5] * 3
 def one(images): return [0.5]
@@ -28,6 +30,8 @@ def raises(images): raise KeyError("no face")
 def slow(images): time.sleep(20)
 def good(images, prompts, scale=1.0): return [scale * image.width for image in images]
 async def later(images): return [None] + [1.0] * (len(images) - 1)
+@reward(name="ranked", whole_batch=True)
+def ranked(images): return [float(i) for i in range(len(images))]
 def trl(prompts, completions, **kwargs): return [c.width / 128 for c in completions]
 def taste(images, metadata): return [1.0] * len(images)
 """
@@ -54,7 +58,7 @@ def check(folder, functions, source="scenes", *options):
         ("nan", "returned nan"),
         ("kind", "returned str"),
         ("number", "returned float"),
-        ("raises", "KeyError: 'no face' (mine.py:9)"),
+        ("raises", "KeyError: 'no face' (mine.py:10)"),
         ("slow", "did not return within 0.2 s"),
         ("later", "returned None"),
     ],
@@ -161,3 +165,33 @@ def test_sources_of_edits_stand_beside_their_prompt_file(folder, capsys):
     (folder / "edits" / "l.jsonl").write_text(json.dumps(row | {"image": "before.png"}))
     command = ["score", "edits/l.jsonl", "-r", "consistency", "--out", "scored"]
     assert main([*command, "--arg", "consistency.measures=[pixels]"]) == 0
+
+
+@pytest.mark.parametrize("override", ["rollout.waves=3", "decode.check.every=2"])
+def test_a_reward_of_whole_steps_in_a_recipe_that_divides_them(folder, capsys, override):
+    ranked = '{use: "mine.py:ranked"}'
+    assert check(folder, ranked) == 0
+    capsys.readouterr()
+    assert check(folder, ranked, "scenes", override) == 1
+    said = capsys.readouterr().err
+    assert f"{override.split('=')[0]} is" in said
+    assert "`ranked` compares" in said
+
+
+@pytest.mark.parametrize("verb", ["check", "train"])
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("rollout.replay=nothing-here", "nothing-here holds the rollouts of 0 steps"),
+        ("log.trackers=[wandb]", "wandb is not installed. Fix: pip install wandb"),
+    ],
+)
+def test_what_is_not_there_is_told_before_anything_is_loaded(
+    folder, capsys, monkeypatch, verb, override, words
+):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not there, where it is
+    (folder / "mine.yaml").write_text(RECIPE % ("scenes", "{use: geneval}"))
+    assert main([verb, "mine.yaml", "policy.path=no-policy", override]) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert words in said
+    assert "no-policy" not in said

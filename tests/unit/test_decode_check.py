@@ -1,5 +1,7 @@
 """Cheap against full decoding: rank correlation within groups, and when training decodes better."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,9 @@ from scipy.stats import rankdata
 from test_grpo_trainer import build
 from test_rollouts import engine_of
 
+from common.errors import RecipeError
 from policy.policy import to_images
+from recipes import load_recipe
 from rewards.runner import Scored
 from rl.decode_check import DecodeCheck, decode_of_journal, raised, rank_correlations
 from rl.rollouts import Sampler
@@ -36,20 +40,25 @@ def test_rank_correlation_within_groups(cheap, full, expected):
 
 
 def test_steps_double_up_to_full_decoding_and_then_comes_its_guidance():
-    steps = [Decode(1, 1.0, shared_noise=False)]
-    while (better := raised(steps[-1], FULL)) != steps[-1]:
+    steps, full = [Decode(1, 1.0, shared_noise=False)], replace(FULL, guidance_interval=(0.2, 0.9))
+    while (better := raised(steps[-1], full)) != steps[-1]:
         steps.append(better)
     assert [(decode.steps, decode.guidance) for decode in steps] == [
         (1, 1.0), (2, 1.0), (4, 1.0), (6, 1.0), (6, 2.0),
     ]  # fmt: skip
+    assert steps[-1].guidance_interval == (0.2, 0.9)
     assert not any(decode.shared_noise for decode in steps)
 
 
 def test_a_run_goes_on_with_the_decoding_it_had_reached():
     start = Decode(1, 1.0)
     assert decode_of_journal([{"step": 1, "reward": 0.2}], start) == start
-    rows = [{"event": "decode_check", "steps": n, "guidance": 1.5} for n in (2, 4)]
-    assert decode_of_journal([*rows, {"step": 9}], start) == Decode(4, 1.5)
+    rows = [
+        {"event": "decode_check", "steps": n, "guidance": 1.5, "guidance_interval": [0.2, 1.0]}
+        for n in (2, 4)
+    ]
+    reached = Decode(4, 1.5, guidance_interval=(0.2, 1.0))
+    assert decode_of_journal([*rows, {"step": 9}], start) == reached
 
 
 class Redness:
@@ -118,3 +127,10 @@ def test_the_number_is_the_one_of_the_pictures_decoded_by_hand(policy, tmp_path)
         low, high = (rankdata(values) for values in totals)
         found.append(np.corrcoef(low, high)[0, 1])
     assert events[0]["rank_correlation"] == pytest.approx(np.mean(found))
+
+
+def test_groups_of_two_have_no_order_to_check():
+    check = "decode.check.every=5"
+    assert load_recipe("geneval-scenes", [check, "rollout.group_size=3"])
+    with pytest.raises(RecipeError, match=r"Groups of 2 have no order[\s\S]*rollout\.group_size"):
+        load_recipe("geneval-scenes", [check, "rollout.group_size=2"])

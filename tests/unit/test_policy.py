@@ -234,7 +234,9 @@ def test_codes_are_the_nearest_code_vectors_by_angle(policy):
 # --- rendering -----------------------------------------------------------------------------------
 
 
-def euler(policy: Policy, hidden, noise, steps: int, guidance: float) -> torch.Tensor:
+def euler(
+    policy: Policy, hidden, noise, steps: int, guidance: float, interval=(0.0, 1.0)
+) -> torch.Tensor:
     """The flow from noise (time 1) to latents (time 0) in equal steps, written out."""
     rows = torch.zeros_like(hidden)
     latents = noise
@@ -245,7 +247,8 @@ def euler(policy: Policy, hidden, noise, steps: int, guidance: float) -> torch.T
             policy.diffusion(latents, policy.connector(h), timestep=timestep).sample
             for h in (hidden, rows)
         )
-        velocity = velocity if guidance == 1 else null + guidance * (velocity - null)
+        if interval[0] <= round(float(now), 9) <= interval[1]:
+            velocity = null + guidance * (velocity - null)
         latents = latents + float(after - now) * velocity
     return (policy.vae.decode(latents / 0.7).sample / 2 + 0.5).clamp(0, 1)
 
@@ -261,16 +264,50 @@ def test_rendering_is_the_euler_integration_with_guidance(policy, steps, guidanc
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 
-def test_guidance_one_leaves_the_null_branch_out(policy):
+INTERVALS = [
+    # Of five steps at noise levels 1, 0.8, 0.6, 0.4 and 0.2; both ends are inside.
+    ((0.0, 1.0), [4, 4, 4, 4, 4]),
+    ((0.4, 0.8), [2, 4, 4, 4, 2]),
+    ((0.5, 0.7), [2, 2, 4, 2, 2]),
+    ((0.0, 0.1), [2, 2, 2, 2, 2]),
+]
+
+
+@pytest.fixture
+def pictures_at_once(policy):
+    """How many pictures each call of the diffusion head was about, both branches counted."""
     seen = []
-    hook = policy.diffusion.proj_out.register_forward_hook(
+    policy.diffusion.proj_out.register_forward_hook(
         lambda module, given, out: seen.append(len(out))
     )
+    return seen
+
+
+def test_guidance_one_leaves_the_null_branch_out(policy, pictures_at_once):
     policy.render(hidden_rows(policy, 2), steps=3, guidance=1.0)
-    assert seen == [2, 2, 2]
-    policy.render(hidden_rows(policy, 2), steps=1, guidance=1.5)
-    assert seen[3:] == [4]
-    hook.remove()
+    assert pictures_at_once == [2, 2, 2]
+
+
+@pytest.mark.parametrize(("interval", "calls"), INTERVALS)
+def test_guidance_in_an_interval_of_noise_levels(policy, pictures_at_once, interval, calls):
+    """Outside of it there is the conditioned branch alone, and nothing else is computed."""
+    hidden, noise = hidden_rows(policy, 2), policy.noise([5, 6])
+    options = {"noise": noise, "steps": 5, "guidance": 2.5}
+    found = policy.render(hidden, guidance_interval=interval, **options)
+    assert pictures_at_once == calls
+    with torch.no_grad():
+        expected = euler(policy, hidden, noise, 5, 2.5, interval)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    if interval != (0.0, 1.0):
+        assert float((found - policy.render(hidden, **options)).abs().max()) > 1e-2
+
+
+def test_the_interval_is_of_the_noise_levels_that_the_scheduler_has(policy, pictures_at_once):
+    """A shift of 3 makes of the levels 1, 0.75, 0.5, 0.25: 1, 0.9, 0.75, 0.5."""
+    policy.scheduler_config["shift"] = 3.0
+    options = {"steps": 4, "guidance": 2.0, "guidance_interval": (0.7, 0.9)}
+    policy.render(hidden_rows(policy, 2), seed=0, **options)
+    assert pictures_at_once == [2, 4, 4, 2]
 
 
 @pytest.mark.parametrize("variant", ["shipped", "qk_norm", "two pixels a patch"])

@@ -89,7 +89,7 @@ def law(model: Qwen3ForCausalLM, sampling: Sampling) -> np.ndarray:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("engine", "name"),
-    [("transformers", "plain"), ("transformers", "truncated"), ("vllm", "truncated")],
+    [(engine, name) for engine in ("transformers", "vllm") for name in SETTINGS],
     indirect=["engine"],
 )
 def test_draws_follow_the_softmax(engine, model, name):

@@ -12,6 +12,7 @@ import torch
 from test_rollouts import engine_of
 from tiny_policy import write_recipe
 
+import rl.build
 import rl.run
 from common.errors import DataError, RunError
 from common.progress import SilentProgress
@@ -22,6 +23,7 @@ from recipes import load_recipe
 from recipes.locate import located
 from rewards.runner import Scored
 from rl.callbacks import InterruptCallback, JournalCallback
+from rl.checkpoints import publish
 from rl.rollouts import Sampler
 from rl.run import _held_out, _sync, check_processes, resume, trainer_config
 from rl.trl_release import GRPOConfig
@@ -332,6 +334,22 @@ def test_what_several_processes_cannot_share_is_refused(override, words):
     check_processes(recipe, 1)
     with pytest.raises(RunError, match=words):
         check_processes(recipe, 4)
+
+
+@pytest.mark.parametrize(("kind", "wrote", "now"), [("grpo", 2, 1), ("grpo", 1, 2), ("zero", 2, 4)])
+def test_a_run_is_resumed_with_as_many_processes_as_it_had(tmp_path, monkeypatch, kind, wrote, now):
+    """Each process draws samples of its own, and ZeRO divides the optimizer among them."""
+    grpo = kind == "grpo"
+    write_recipe(tmp_path, tmp_path) if grpo else (tmp_path / "recipe.yaml").write_text(
+        "extends: tiny/pretrain\ntrain: {optimizer: adamw, deepspeed: zero2}\n"
+    )
+    (tmp_path / "staged").mkdir()
+    monkeypatch.setenv("WORLD_SIZE", str(wrote))
+    publish(tmp_path / "staged", tmp_path / "checkpoints", 2, keep_last=2)
+    monkeypatch.setenv("WORLD_SIZE", str(now))
+    words = rf"step-000002 was written by {wrote} training processes, and now there are {now}"
+    with pytest.raises(RunError, match=rf"{words}[\s\S]*resume with {wrote}"):
+        (resume if grpo else rl.build.resume)(tmp_path)
 
 
 def test_a_step_is_divided_among_processes(tmp_path, monkeypatch):

@@ -133,6 +133,33 @@ def test_the_alarm_for_missing_scores_says_the_most_common_reason() -> None:
         assert "judge: nobody there" in alarms([*HEALTHY, row(31) | newest], [], 12)["unscored"]
 
 
+def test_what_truncated_sampling_keeps_is_no_alarm() -> None:
+    """Tokens of a softmax cut to a mass of 0.8 have a ratio of 0.8 to 1; top-k has no such end."""
+    changed = {"importance_ratio_mean": 0.82, "logprob_mismatch_max": 0.7}
+    steps = [*HEALTHY[:-1], {**HEALTHY[-1], **changed}]
+    assert set(alarms(steps, [], groups=12)) == {"engine"}
+    assert alarms(steps, [], groups=12, kept=0.8) == {}
+    for wrong, kept in (
+        ({"importance_ratio_mean": 0.65}, 0.8),
+        ({"importance_ratio_mean": 1.2}, 0.8),
+        ({"logprob_mismatch_max": 0.8}, 0.8),
+        ({"importance_ratio_mean": 1.2}, 0.0),
+    ):
+        steps[-1] = {**HEALTHY[-1], **changed, **wrong}
+        assert set(alarms(steps, [], groups=12, kept=kept)) == {"engine"}, wrong
+    steps[-1] = {**HEALTHY[-1], "importance_ratio_mean": 0.3, "logprob_mismatch_max": 4.0}
+    assert alarms(steps, [], groups=12, kept=0.0) == {}
+
+
+@pytest.mark.parametrize("truncation", ["top_p: 0.8", "top_k: 8"])
+def test_the_recipe_says_what_sampling_keeps(run: Path, truncation: str) -> None:
+    write(run, [row(1, importance_ratio_mean=0.82)])
+    assert set(read_run(run, time.time()).alarms) == {"engine"}
+    recipe = run / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("rollout: {", f"rollout: {{{truncation}, "))
+    assert read_run(run, time.time()).alarms == {}
+
+
 def test_reward_up_and_held_out_down_is_called_out() -> None:
     falling = [held_out(0, 0.4), held_out(10, 0.6), held_out(30, 0.42)]
     found = alarms(HEALTHY, falling, groups=12)
