@@ -5,6 +5,8 @@ is sampled its conditions stand still and all pictures are at the same time, so 
 
 - caption projection, caption norm and every cross-attention's keys and values are computed once a
   picture, and those of the null branch once in all;
+- the rows of the published null condition are all equal, so that whatever is asked the answer is
+  their value: its cross-attention is a constant (with a reference, attention to two rows);
 - the time embedding is one row, and scale and shift are the affine part of the layer norms;
 - both branches of guidance enter the first block with the same latents, so that everything before
   its cross-attention is computed for one of them;
@@ -33,7 +35,13 @@ class Denoiser:
     ) -> None:
         self._head = head
         self._keys = self._keys_and_values(conditions)
-        self._null_keys = [] if null_conditions is None else self._keys_and_values(null_conditions)
+        self._null_keys, self._null_bias = [], None
+        if null_conditions is not None:
+            # Equal rows share their weight in the softmax: one of them with the logarithm of their
+            # number added to its score stands for all.
+            rows, counts = torch.unique_consecutive(null_conditions[0], dim=0, return_counts=True)
+            self._null_keys = self._keys_and_values(rows[None])
+            self._null_bias = counts.log().to(rows.dtype)[None, None, None]
 
     def _keys_and_values(self, conditions: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Keys and values [B, heads, R, D] of every block's cross-attention."""
@@ -88,22 +96,29 @@ class Denoiser:
     def _cross_attention(self, index: int, attention: Any, states: Tensor, guided: bool) -> Tensor:
         """Attend from states [B or 2 B, T, inner], the conditioned branch first."""
         # `rescale_output_factor` is 1 in every block of this class; a division is a whole pass.
-        queries = attention.to_q(states)
-        if attention.norm_q is not None:
-            queries = attention.norm_q(queries)
         keys, values = self._keys[index]
-        batch = len(keys)
-        mixed = _merged(
-            F.scaled_dot_product_attention(_heads(queries[:batch], attention.heads), keys, values)
-        )
-        if guided:
+        mixed = _attend(attention, states[: len(keys)], keys, values)
+        if not guided:
+            return mixed
+        keys, values = self._null_keys[index]
+        if keys.shape[2] == 1:
+            null = attention.to_out[0](_merged(values)).expand_as(mixed)
+        else:
             # All pictures share the null branch's keys: one long row of queries.
-            null = queries[batch:].flatten(0, 1)[None]
-            null = F.scaled_dot_product_attention(
-                _heads(null, attention.heads), *self._null_keys[index]
-            )
-            mixed = torch.cat([mixed, _merged(null).view_as(mixed)])
-        return attention.to_out[0](mixed)
+            null = states[len(mixed) :].flatten(0, 1)[None]
+            null = _attend(attention, null, keys, values, self._null_bias).view_as(mixed)
+        return torch.cat([mixed, null])
+
+
+def _attend(
+    attention: Any, states: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    queries = attention.to_q(states)
+    if attention.norm_q is not None:
+        queries = attention.norm_q(queries)
+    queries = _heads(queries, attention.heads)
+    mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias)
+    return attention.to_out[0](_merged(mixed))
 
 
 def _heads(states: Tensor, heads: int) -> Tensor:

@@ -259,12 +259,14 @@ class Policy(nn.Module):
         """Return the null condition [1, R, width]: connector(0), and zeros for a reference."""
         config = self.config
         like = {"device": self.device, "dtype": self.ar.dtype}
-        hidden = torch.zeros(1, 1 + config.num_tokens, self.ar.config.hidden_size, **like)
-        null: Tensor = self.connector(hidden)
-        if reference:
-            rows = torch.zeros(1, config.latent_size**2, null.shape[-1], **like)
-            null = torch.cat([null, rows], dim=1)
-        return null
+        count = 1 + config.num_tokens
+        # Without positions one row for all, so that they are equal to the last bit.
+        different = 1 if self.connector.position is None else count
+        hidden = torch.zeros(1, different, self.ar.config.hidden_size, **like)
+        null: Tensor = self.connector(hidden).expand(-1, count, -1)
+        if not reference:
+            return null
+        return torch.cat([null, null.new_zeros(1, config.latent_size**2, null.shape[-1])], dim=1)
 
     def noise(self, seeds: Sequence[int]) -> Tensor:
         """Return initial latents [B, C, S, S], each row a function of its own seed alone."""
