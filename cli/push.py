@@ -11,7 +11,9 @@ def register(app: typer.Typer) -> None:
         policy: str = typer.Argument(..., help="A policy folder or a finished run, with its card."),
         repository: str = typer.Argument(..., metavar="OWNER/NAME", help="Where to."),
         public: bool = typer.Option(False, "--public", help="A new repository is for everybody."),
-        endpoint: str | None = typer.Option(None, help="Address of a server. [default: the hub]"),
+        endpoint: str | None = typer.Option(
+            None, help="Address of a server, or a folder. [default: the hub]"
+        ),
         message: str = typer.Option("Policy and card", help="Message of the commit."),
     ) -> None:
         """Send a policy and its card to the Hugging Face hub; a new repository is private.

@@ -71,6 +71,7 @@ def mean_interval(
     clusters: Sequence[Hashable],
     strata: Sequence[Hashable] | None = None,
     *,
+    amounts: bool = False,
     confidence: float = 0.95,
     resamples: int = RESAMPLES,
     seed: int = 0,
@@ -80,6 +81,7 @@ def mean_interval(
     `clusters` [n] names the prompt of each value. With `strata` [n] (the task of each value) the
     mean is the unweighted mean of the stratum means, and clusters are resampled within a stratum.
     Values that all agree in a single stratum get the exact bound with the clusters as trials.
+    Values of 0 and 1 alone are taken for a rate, unless `amounts` says that others may come up.
     Raises ValueError for no values, non-finite values or unequal lengths.
     """
     array = _finite(values)
@@ -87,7 +89,7 @@ def mean_interval(
     mean = float(np.mean([group.mean for group in groups]))
     total = sum(group.size for group in groups)
     alone, unseen = ALONE if len(groups) == 1 else 0.0, None
-    if is_rate(array):
+    if is_rate(array) and not amounts:
         unseen = Unseen(0.0, 1.0, AGREEING_RATE, alone)
     elif span := cluster_range(groups) or value_range(array):
         unseen = Unseen(*span, AGREEING_SCORE, alone)
@@ -103,15 +105,16 @@ def paired_difference(
     clusters: Sequence[Hashable],
     strata: Sequence[Hashable] | None = None,
     *,
+    amounts: bool = False,
     confidence: float = 0.95,
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Difference:
     """Return the mean of after - before, both [n] on the same prompts and seeds.
 
-    The pairing is kept in every resample: a prompt carries all its pairs with it. `clusters` and
-    `strata` as in `mean_interval`. Differences that all agree in a single stratum get the exact
-    bound.
+    The pairing is kept in every resample: a prompt carries all its pairs with it. `clusters`,
+    `strata` and `amounts` as in `mean_interval`. Differences that all agree in a single stratum get
+    the exact bound.
     """
     first, second = _finite(before), _finite(after)
     if first.shape != second.shape:
@@ -122,7 +125,7 @@ def paired_difference(
     total = sum(group.size for group in groups)
     p_value = _sign_flip_p_value(groups, resamples, seed)
     both, unseen = np.concatenate([first, second]), None
-    if is_rate(both):
+    if is_rate(both) and not amounts:
         unseen = Unseen(-1.0, 1.0, AGREEING_RATE)
     elif changes := cluster_range(groups):
         reach = max(-changes[0], changes[1])  # either policy may be the better one elsewhere

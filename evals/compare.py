@@ -34,16 +34,26 @@ class Paired:
     prompts: list[str]
     clusters: list[str]
     tasks: list[str]
+    metric: Metric
 
     def of_task(self, task: str) -> "Paired":
         """Return the pairs of one task."""
         rows = [i for i, name in enumerate(self.tasks) if name == task]
-        columns = (self.before, self.after, self.prompts, self.clusters, self.tasks)
-        return Paired(*([column[i] for i in rows] for column in columns))  # type: ignore[arg-type]
+        return Paired(
+            [self.before[i] for i in rows],
+            [self.after[i] for i in rows],
+            [self.prompts[i] for i in rows],
+            [self.clusters[i] for i in rows],
+            [task] * len(rows),
+            self.metric,
+        )
 
     def difference(self) -> Difference:
         """Return the paired difference, averaged over tasks."""
-        return paired_difference(self.before, self.after, self.clusters, self.tasks)
+        amounts = self.metric.kind == "amount"
+        return paired_difference(
+            self.before, self.after, self.clusters, self.tasks, amounts=amounts
+        )
 
     def means(self) -> tuple[float, float]:
         """Return both means, averaged over tasks."""
@@ -56,10 +66,10 @@ class Paired:
             sides.append(sum(means) / len(means))
         return sides[0], sides[1]
 
-    def win_tie_loss(self, better: str) -> dict[str, int]:
+    def win_tie_loss(self) -> dict[str, int]:
         """Return on how many prompts the mean over seeds gets better, stays or gets worse."""
         gains: dict[str, float] = defaultdict(float)
-        sign = 1 if better == "higher" else -1
+        sign = 1 if self.metric.better == "higher" else -1
         for prompt, first, second in zip(self.prompts, self.before, self.after, strict=True):
             gains[prompt] += sign * (second - first)
         wins = sum(gain > 1e-9 for gain in gains.values())
@@ -83,12 +93,11 @@ def compare(before: ResultFolder | Path | str, after: ResultFolder | Path | str)
     b = after if isinstance(after, ResultFolder) else load_results(after)
     pairs = _pairs(a, b)
     headline, *others = b.metrics
-    values = _values(pairs, headline)
+    values = _values(pairs, headline, b.metrics[headline])
     tasks = list(dict.fromkeys(sample["task"] for sample in [*a.samples, *b.samples]))
     of_task = {task: values.of_task(task) for task in tasks if task in values.tasks}
     differences = {task: paired.difference() for task, paired in of_task.items()}
     adjusted = dict(zip(of_task, holm([d.p_value for d in differences.values()]), strict=True))
-    better = b.metrics[headline].better
     first, second = a.results["settings"], b.results["settings"]
     diversity = _diversity(a, b, pairs)
     return {
@@ -110,17 +119,15 @@ def compare(before: ResultFolder | Path | str, after: ResultFolder | Path | str)
         "not_scored": {
             task: _why_not_scored(task, headline, a, b) for task in tasks if task not in of_task
         },
-        "overall": _overall(values, tasks, better),
+        "overall": _overall(values, tasks),
         "tasks": {
-            task: _entry(of_task[task], better, differences[task], adjusted[task])
+            task: _entry(of_task[task], differences[task], adjusted[task])
             if task in of_task
             else None
             for task in tasks
         },
-        "others": {
-            name: _overall(_values(pairs, name), tasks, b.metrics[name].better) for name in others
-        },
-        "layout_diversity": _entry(diversity, DIVERSITY.better, diversity.difference())
+        "others": {name: _overall(_values(pairs, name, b.metrics[name]), tasks) for name in others},
+        "layout_diversity": _entry(diversity, diversity.difference())
         if diversity.prompts
         else None,
     }
@@ -128,7 +135,8 @@ def compare(before: ResultFolder | Path | str, after: ResultFolder | Path | str)
 
 def paired_values(before: ResultFolder, after: ResultFolder) -> Paired:
     """Return the headline values of both evaluations that `compare` would pair."""
-    return _values(_pairs(before, after), next(iter(after.metrics)))
+    headline, metric = next(iter(after.metrics.items()))
+    return _values(_pairs(before, after), headline, metric)
 
 
 def compare_all(baseline: ResultFolder, candidates: Sequence[ResultFolder]) -> list[dict[str, Any]]:
@@ -209,18 +217,19 @@ def _pairs(a: ResultFolder, b: ResultFolder) -> list[tuple[Sample, Sample]]:
     return pairs
 
 
-def _values(pairs: Sequence[tuple[Sample, Sample]], metric: str) -> Paired:
+def _values(pairs: Sequence[tuple[Sample, Sample]], name: str, metric: Metric) -> Paired:
     scored = [
         (left, right)
         for left, right in pairs
-        if left["values"].get(metric) is not None and right["values"].get(metric) is not None
+        if left["values"].get(name) is not None and right["values"].get(name) is not None
     ]
     return Paired(
-        [left["values"][metric] for left, _ in scored],
-        [right["values"][metric] for _, right in scored],
+        [left["values"][name] for left, _ in scored],
+        [right["values"][name] for _, right in scored],
         [right["prompt_id"] for _, right in scored],
         [cluster_of(right) for _, right in scored],
         [right["task"] for _, right in scored],
+        metric,
     )
 
 
@@ -234,14 +243,15 @@ def _diversity(a: ResultFolder, b: ResultFolder, pairs: Sequence[tuple[Sample, S
         shared,
         [cluster_of(rows[prompt]) for prompt in shared],
         [rows[prompt]["task"] for prompt in shared],
+        DIVERSITY,
     )
 
 
-def _overall(values: Paired, tasks: Sequence[str], better: str) -> dict[str, Any] | None:
+def _overall(values: Paired, tasks: Sequence[str]) -> dict[str, Any] | None:
     """Return the entry of a mean over all tasks; None if one of them has no scored pair."""
     if set(values.tasks) != set(tasks):
         return None
-    return _entry(values, better, values.difference())
+    return _entry(values, values.difference())
 
 
 def _why_not_scored(task: str, metric: str, a: ResultFolder, b: ResultFolder) -> str:
@@ -254,17 +264,17 @@ def _why_not_scored(task: str, metric: str, a: ResultFolder, b: ResultFolder) ->
 
 
 def _entry(
-    paired: Paired, better: str, difference: Difference, p_adjusted: float | None = None
+    paired: Paired, difference: Difference, p_adjusted: float | None = None
 ) -> dict[str, Any]:
     p_value = difference.p_value if p_adjusted is None else p_adjusted
-    code, text = verdict(difference, p_value, better)
+    code, text = verdict(difference, p_value, paired.metric.better)
     before, after = paired.means()
     return {
         "before": round(before, 6),
         "after": round(after, 6),
         **estimate_dict(difference),
         "p_adjusted": round(p_value, 6),
-        **paired.win_tie_loss(better),
+        **paired.win_tie_loss(),
         "verdict": code,
         "verdict_text": text,
     }

@@ -11,19 +11,20 @@ from common.registry import nearest
 
 _OPERATORS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
 _PARTS = ("mean", "low", "high", "p_adjusted", "before", "after")
-_FORM = re.compile(r"\s*([\w/-]+)\.([^<>=]+?)\s*(<=|>=|<|>)\s*([-+]?[\d.]+(?:e[-+]?\d+)?)\s*", re.I)
+_FORM = re.compile(r"\s*([^<>=]+\.[^<>=]+?)\s*(<=|>=|<|>)\s*([-+]?[\d.]+(?:e[-+]?\d+)?)\s*", re.I)
 
 
 @dataclass(frozen=True)
 class Gate:
-    """One condition: fail if the named number of a comparison stands so to the threshold."""
+    """One condition: fail if the named number of a comparison stands so to the threshold.
+
+    ENTRY is `overall`, a task, a further metric or `layout_diversity`, PART which number of it; the
+    difference without one.
+    """
 
     text: str
-    suite: str
-    entry: str
-    """`overall`, a task, a further metric or `layout_diversity`."""
-    part: str
-    """Which number of the entry; `mean` is the difference after - before."""
+    target: str
+    """SUITE.ENTRY or SUITE.ENTRY.PART; a suite's and a task's name may have dots as well."""
     relation: str
     threshold: float
 
@@ -48,17 +49,13 @@ def parse_gate(text: str) -> Gate:
     try:
         if match is None:
             raise ValueError
-        suite, entry, relation, number = match.groups()
-        threshold = float(number)
+        target, relation, number = match.groups()
+        return Gate(text.strip(), target, relation, float(number))
     except ValueError:
         raise UsageError(
             f"`{text}` is not a condition.\n"
             '    Fix: write SUITE.ENTRY < NUMBER, such as "geneval.overall < -0.01".'
         ) from None
-    name, dot, part = entry.rpartition(".")
-    if not dot or part not in _PARTS:
-        name, part = entry, "mean"
-    return Gate(text.strip(), suite, name, part, relation, threshold)
 
 
 def apply_gate(gate: Gate, comparison: Mapping[str, Any]) -> Outcome:
@@ -66,24 +63,28 @@ def apply_gate(gate: Gate, comparison: Mapping[str, Any]) -> Outcome:
 
     Raises UsageError if the comparison is of another suite or has no such entry.
     """
-    if gate.suite != comparison["suite"]:
+    suite = comparison["suite"]
+    if not gate.target.startswith(f"{suite}."):
+        wanted = gate.target.rpartition(".")[2]
         raise UsageError(
-            f"`{gate.text}`: the results are of suite {comparison['suite']}.\n"
-            f"    Fix: write {comparison['suite']}.{gate.entry}."
+            f"`{gate.text}`: the results are of suite {suite}.\n    Fix: write {suite}.{wanted}."
         )
+    entry_name, part = gate.target[len(suite) + 1 :], "mean"
     entries = {"overall": comparison["overall"], **comparison["tasks"], **comparison["others"]}
     entries["layout_diversity"] = comparison["layout_diversity"]
-    if gate.entry not in entries:
-        close = nearest(gate.entry, entries)
+    if entry_name not in entries and entry_name.rpartition(".")[2] in _PARTS:
+        entry_name, _, part = entry_name.rpartition(".")
+    if entry_name not in entries:
+        close = nearest(entry_name, entries)
         fix = f"write {close}" if close else f"choose from {', '.join(entries)}"
-        raise UsageError(f"`{gate.text}`: there is no `{gate.entry}`.\n    Fix: {fix}.")
-    entry = entries[gate.entry]
+        raise UsageError(f"`{gate.text}`: there is no `{entry_name}`.\n    Fix: {fix}.")
+    entry = entries[entry_name]
     if entry is None:
         reasons = "; ".join(comparison["not_scored"].values()) or "it could not be measured"
-        reason = f"{gate.suite}.{gate.entry} is not known: {reasons}"
+        reason = f"{suite}.{entry_name} is not known: {reasons}"
         return Outcome(gate.text, None, True, reason)
-    name = f"{gate.suite}.{gate.entry}.{gate.part}"
-    value = entry[gate.part]
+    name = f"{suite}.{entry_name}.{part}"
+    value = entry[part]
     if value is None:
         return Outcome(gate.text, None, True, f"{name} is not known: too few independent prompts")
     failed = _OPERATORS[gate.relation](value, gate.threshold)

@@ -185,12 +185,12 @@ def summarise(samples: Sequence[Sample], metrics: Mapping[str, Metric]) -> dict[
             task: {
                 "prompts": len({s["prompt_id"] for s in rows}),
                 "images": len(rows),
-                "metrics": {name: _summary(rows, name, by_task=False) for name in metrics},
+                "metrics": {name: _summary(rows, name, metrics[name]) for name in metrics},
                 "unscored": {name: count_unscored(rows, name) for name in metrics},
             }
             for task, rows in of_task.items()
         },
-        "overall": {name: _over_tasks(samples, of_task, name) for name in metrics},
+        "overall": {name: _over_tasks(samples, of_task, name, metrics[name]) for name in metrics},
         "unscored": {name: count_unscored(samples, name) for name in metrics},
         "layout_diversity": estimate_dict(
             mean_interval(
@@ -221,11 +221,14 @@ def held_out_row(suite: Suite, scores: Sequence[SampleScore]) -> dict[str, Any]:
     ]
     tasks = list(dict.fromkeys(sample["task"] for sample in samples))
     of_task = {task: [s for s in samples if s["task"] == task] for task in tasks}
-    found = {name: _over_tasks(samples, of_task, name) for name in suite.metrics}
+    found = {
+        name: _over_tasks(samples, of_task, name, metric) for name, metric in suite.metrics.items()
+    }
     means = {name: estimate["mean"] if estimate else None for name, estimate in found.items()}
     headline = found[suite.headline]
     per_task = {
-        task: _summary(rows, suite.headline, by_task=False) for task, rows in of_task.items()
+        task: _summary(rows, suite.headline, suite.metrics[suite.headline])
+        for task, rows in of_task.items()
     }
     return {
         **means,
@@ -297,22 +300,25 @@ def estimate_dict(estimate: Estimate) -> dict[str, Any]:
 
 
 def _over_tasks(
-    samples: Sequence[Sample], of_task: Mapping[str, Sequence[Sample]], metric: str
+    samples: Sequence[Sample], of_task: Mapping[str, Sequence[Sample]], name: str, metric: Metric
 ) -> dict[str, Any] | None:
     """Summarise the mean over tasks; None if one of them has no score."""
-    if any(count_unscored(rows, metric) == len(rows) for rows in of_task.values()):
+    if any(count_unscored(rows, name) == len(rows) for rows in of_task.values()):
         return None
-    return _summary(samples, metric, by_task=True)
+    return _summary(samples, name, metric, by_task=True)
 
 
-def _summary(samples: Sequence[Sample], metric: str, *, by_task: bool) -> dict[str, Any] | None:
-    scored = [s for s in samples if s["values"].get(metric) is not None]
+def _summary(
+    samples: Sequence[Sample], name: str, metric: Metric, *, by_task: bool = False
+) -> dict[str, Any] | None:
+    scored = [s for s in samples if s["values"].get(name) is not None]
     if not scored:
         return None
     return estimate_dict(
         mean_interval(
-            [s["values"][metric] for s in scored],
+            [s["values"][name] for s in scored],
             [cluster_of(s) for s in scored],
             [s["task"] for s in scored] if by_task else None,
+            amounts=metric.kind == "amount",
         )
     )

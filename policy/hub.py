@@ -1,7 +1,9 @@
 """A policy folder on the Hugging Face hub, or on any server that speaks its protocol."""
 
+import shutil
 from pathlib import Path
 
+from common.atomic import atomic_dir
 from common.errors import PolicyError
 
 CONTENT = (
@@ -22,14 +24,18 @@ def push(
     """Send the folder to `repository` ("owner/name"), made if need be, and return its address.
 
     A new repository is private unless `public`. `endpoint` is the address of the server (default:
-    the hub's). The token is the one that `hf auth login` stored or HF_TOKEN holds. Raises
-    PolicyError saying what the server refused.
+    the hub's), or a folder in which owner/name is made, or replaced if it holds a policy. The token
+    is that of `hf auth login`, or HF_TOKEN. Raises PolicyError saying what was refused.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     hub = HfApi(endpoint=endpoint)
     try:
+        validate_repo_id(repository)
+        if endpoint is not None and "://" not in endpoint:
+            return str(_copied(folder, Path(endpoint) / repository))
         place = hub.create_repo(repository, private=not public, exist_ok=True)
         hub.upload_folder(
             repo_id=place.repo_id,
@@ -44,3 +50,13 @@ def push(
             "    Fix: check name, address and token (`hf auth login`, or HF_TOKEN)."
         ) from error
     return str(place)
+
+
+def _copied(folder: Path, target: Path) -> Path:
+    if target.exists() and not (target / "policy.json").is_file():
+        raise PolicyError(f"{target} holds something else.\n    Fix: give another OWNER/NAME.")
+    with atomic_dir(target, replace=True) as staged:
+        for file in (file for pattern in CONTENT for file in folder.glob(pattern)):
+            (staged / file.relative_to(folder)).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, staged / file.relative_to(folder))
+    return target

@@ -83,7 +83,7 @@ def misplaced(
         moved = hypot((x0 + x1) / 2 - x, (y0 + y1) / 2 - y)
         if moved > REACH:
             wrong.append(f"the {name} moved by {moved:.0f} of {IMAGE_SIZE} pixels")
-    return wrong + [f"a {color} {label} that nobody asked for" for label, color, _ in left]
+    return wrong + [f"one {color} {label} that nobody asked for" for label, color, _ in left]
 
 
 def centre(item: SceneObject) -> tuple[float, float]:

@@ -19,7 +19,11 @@ def prompt_file(prompts: str, reward: str, **reward_args: str) -> Suite:
     """
     file = Path(prompts)
     records = [
-        {**record, "metadata": {"tag": file.stem, **record["metadata"]}}
+        {
+            "cluster": record["prompt"],  # the same prompt twice is one fact
+            **record,
+            "metadata": {"tag": file.stem, **record["metadata"]},
+        }
         for record in training_records(str(file), "all")
     ]
     suite = reward_suite(

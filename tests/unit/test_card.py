@@ -112,6 +112,23 @@ def test_a_pushed_policy_is_the_same_policy(run: Path, tmp_path: Path, monkeypat
     assert not (tmp_path / "hub" / "secret.txt").exists()
 
 
+def test_a_folder_takes_a_policy_as_a_hub_does(run: Path, tmp_path: Path, capsys) -> None:
+    assert main(["card", str(run)]) == 0
+    (run / "policy" / "notes.txt").write_text("mine")
+    for _ in range(2):  # the second replaces the first
+        assert main(["push", str(run), "owner/name", "--endpoint", str(tmp_path / "hub")]) == 0
+    (run / "policy" / "notes.txt").unlink()
+    copied = tmp_path / "hub" / "owner" / "name"
+    assert Policy.from_pretrained(copied).config == Policy.from_pretrained(run / "policy").config
+    assert (copied / "README.md").is_file()
+    assert not (copied / "notes.txt").exists()
+    assert main(["push", str(run), "../name", "--endpoint", str(tmp_path / "hub")]) == 1
+    assert "was not written" in capsys.readouterr().err
+    (tmp_path / "hub" / "owner" / "mine").mkdir()
+    assert main(["push", str(run), "owner/mine", "--endpoint", str(tmp_path / "hub")]) == 1
+    assert "holds something else" in capsys.readouterr().err
+
+
 def test_a_refusal_is_one_message(run: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     assert main(["card", str(run)]) == 0

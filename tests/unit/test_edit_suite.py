@@ -109,9 +109,9 @@ def record_of(metadata: dict, after: tuple[SceneObject, ...]) -> dict:
         ((replace(BLUE, cell=(1, 4)), BEFORE[1]), 0.0, "blue circle moved by 24 of 48"),
         ((BLUE, replace(BEFORE[1], cell=(5, 4))), 0.0, "green ring moved by 8"),
         ((BLUE,), 0.0, "no green ring"),
-        ((BLUE, BEFORE[1], SceneObject("cross", "red", (5, 1))), 0.0, "a red cross that nobody"),
+        ((BLUE, BEFORE[1], SceneObject("cross", "red", (5, 1))), 0.0, "one red cross that nobody"),
         ((replace(BLUE, color="purple"), BEFORE[1]), 0.0, "no blue circle"),
-        ((BLUE, replace(BEFORE[1], color="red")), 0.0, "a red ring that nobody"),
+        ((BLUE, replace(BEFORE[1], color="red")), 0.0, "one red ring that nobody"),
     ],
 )
 def test_the_exact_rule(shown: tuple, exact: float, reason: str) -> None:

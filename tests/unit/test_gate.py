@@ -27,16 +27,24 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 @pytest.mark.parametrize(
     ("text", "parts"),
     [
-        ("geneval.overall < -0.01", ("geneval", "overall", "mean", "<", -0.01)),
-        ("toy-scenes.two_object.low<=-1e-3", ("toy-scenes", "two_object", "low", "<=", -0.001)),
-        ("s.layout_diversity.after > 0.3", ("s", "layout_diversity", "after", ">", 0.3)),
-        ("prompt-file/rooms.overall >= .5", ("prompt-file/rooms", "overall", "mean", ">=", 0.5)),
-        ("s.task.with.dots < 1", ("s", "task.with.dots", "mean", "<", 1.0)),
+        ("geneval.overall < -0.01", ("geneval.overall", "<", -0.01)),
+        ("toy-scenes.two_object.low<=-1e-3", ("toy-scenes.two_object.low", "<=", -0.001)),
+        ("prompt-file/my v1.2.overall >= .5", ("prompt-file/my v1.2.overall", ">=", 0.5)),
     ],
 )
 def test_conditions_are_read(text: str, parts: tuple) -> None:
     gate = parse_gate(text)
-    assert (gate.suite, gate.entry, gate.part, gate.relation, gate.threshold) == parts
+    assert (gate.target, gate.relation, gate.threshold) == parts
+
+
+def test_names_of_suites_and_tasks_may_have_dots_and_spaces() -> None:
+    named = COMPARISON | {"suite": "prompt-file/my v1.2", "tasks": {"v1.low": entry(mean=0.3)}}
+    for text, value in (
+        ("prompt-file/my v1.2.overall.high > 1", 0.01),
+        ("prompt-file/my v1.2.v1.low > 1", 0.3),
+        ("prompt-file/my v1.2.v1.low.low > 1", -0.05),
+    ):
+        assert apply_gate(parse_gate(text), named).value == value
 
 
 @pytest.mark.parametrize(

@@ -149,6 +149,16 @@ def test_tasks_without_extra_objects_do_not_drown_what_the_others_show() -> None
     assert found.low < found.mean < found.high < 0
 
 
+def test_amounts_that_happen_to_be_0_and_1_are_no_rate() -> None:
+    """Six tasks without an extra object and one with three: at the least, as few are plausible."""
+    values = [1.0] * 3 + [0.0] * 57 + [0.0] * 36
+    tasks = [0] * 60 + [1 + number // 6 for number in range(36)]
+    rate = mean_interval(values, range(96), tasks)
+    amount = mean_interval(values, range(96), tasks, amounts=True)
+    assert rate.mean == amount.mean == pytest.approx(0.05 / 7)
+    assert amount.low < amount.mean < amount.high < rate.high / 1.5
+
+
 def test_ignoring_the_clusters_would_cover_too_rarely() -> None:
     """The simulation above can fail: with every picture its own cluster the coverage collapses."""
     rng = np.random.default_rng(1)
