@@ -34,7 +34,7 @@ def register(app: typer.Typer) -> None:
         from recipes import load_recipe
 
         if ".py:" in recipe:
-            reward_trials.show(reward_trials.of_file(recipe, overrides or []))
+            reward_trials.show(reward_trials.of_file(recipe, overrides or []), alone=True)
             return
         try:
             loaded = load_recipe(recipe, overrides or [])

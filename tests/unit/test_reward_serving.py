@@ -204,6 +204,20 @@ def test_the_client_sends_the_sources_of_edits(serve, tmp_path):
     assert "lack the column `source`" in one.reasons["remote"]
 
 
+@pytest.mark.parametrize("details", [{"n": 10**30}, {"n": [-(10**19)]}])
+def test_details_that_cannot_be_sent_cost_no_score(details):
+    @reward(name="s_details")
+    def with_details(images):
+        return [Score(0.5, "as asked", details)] * len(images)
+
+    with RewardRunner([RewardSpec("s_details")]) as runner:
+        client = TestClient(build_app(runner), base_url="http://127.0.0.1:8765")
+        answer = client.post("/score", content=job([picture()]), headers=TYPE)
+    assert msgpack.unpackb(answer.content)["scores"] == [
+        {"value": 0.5, "reason": "as asked", "details": {}}
+    ]
+
+
 def test_health_and_metrics(client):
     assert client.get("/health").json() == {"status": "ok", "reward": "s_red"}
     client.post("/score", content=job([picture(), b"x"]), headers=TYPE)
