@@ -146,6 +146,8 @@ def test_details_that_are_no_json_object_cost_only_their_own_score(details):
         ([0.5], "list"),
         (1j, "complex"),
         (10**400, "too large"),
+        (1e20, "too large"),
+        (np.float64(-1e300), "too large"),
         (Score(math.nan), "nan"),
         (Score("high"), "str"),
         (np.float32("nan"), "nan"),
@@ -265,6 +267,7 @@ def test_what_a_coroutine_raises_costs_only_its_own_scores(error):
     assert "oops" in scored[0].reasons["t_awaited_panic"]
 
 
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")
 def test_a_coroutine_that_stops_its_loop_costs_only_its_own_scores():
     @reward(name="t_stops")
     async def stops(images):
