@@ -11,7 +11,6 @@ from typing import Any
 from common.errors import RewardError
 from rewards.contract import Score
 
-
 _LARGEST = 1e15
 """Trainers take standard deviations in float32, whose squares end at 1.8e19: beyond it the spread
 of a group, and with it every picture's advantage, would be no number."""
