@@ -4,7 +4,10 @@ import asyncio
 import logging
 import math
 import os
+import sys
 import time
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -222,6 +225,14 @@ def test_a_picture_that_is_left_out_of_the_list_costs_only_its_own_score():
 
 class Panic(BaseException):
     """As raised by libraries written in Rust."""
+
+
+def test_torch_that_another_thread_is_importing_is_left_alone(monkeypatch):
+    half_way = ModuleType("torch")
+    half_way.__spec__ = ModuleSpec("torch", None)
+    half_way.__spec__._initializing = True  # as importlib says it
+    monkeypatch.setitem(sys.modules, "torch", half_way)
+    assert parts(run(RewardSpec("t_level")), "t_level") == [0, 1, 2, 3, 4, 5]
 
 
 class Silent(Exception):

@@ -400,6 +400,11 @@ def test_a_server_that_speaks_something_else_is_named(serve, monkeypatch):
     assert "did not answer with scores" in one.reasons["remote"]
 
 
+def test_one_server_written_as_a_text_is_named():
+    [one] = remote_scores(1, servers="http://127.0.0.1:1")
+    assert "servers is a text. Fix: write a list, [http://127.0.0.1:1]" in one.reasons["remote"]
+
+
 @pytest.mark.parametrize("content", [b"", b"\n", "schlüssel".encode(), b"\xff"])
 def test_a_file_without_a_token_is_refused(tmp_path, content):
     from rewards.remote import read_token
