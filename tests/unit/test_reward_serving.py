@@ -374,7 +374,7 @@ def test_a_server_that_answers_with_something_else_is_passed_over(serve, answer)
                 connection.sendall(ODD_ANSWERS[answer])
                 return
             connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 600\r\n\r\n")
-            for _ in range(60):
+            for _ in range(600):
                 time.sleep(0.1)
                 connection.sendall(b"x")
 
