@@ -36,7 +36,7 @@ def register(app: typer.Typer) -> None:
         from rl.preflight import check_replay, check_trackers, check_whole_batch
 
         if ".py:" in recipe:
-            reward_trials.show(reward_trials.of_file(recipe, overrides or []))
+            reward_trials.show(reward_trials.of_file(recipe, overrides or []), alone=True)
             return
         try:
             loaded = load_recipe(recipe, overrides or [])

@@ -57,8 +57,11 @@ def _try(
     return trials
 
 
-def show(trials: "list[RewardTrial]") -> None:
-    """Print what came of the trials, and end with 1 if any reward has a problem."""
+def show(trials: "list[RewardTrial]", *, alone: bool = False) -> None:
+    """Print what came of the trials, and end with 1 if any reward has a problem.
+
+    `alone`: there is no recipe that could be checked without them.
+    """
     from cli import console
     from common.errors import RewardError
 
@@ -67,7 +70,8 @@ def show(trials: "list[RewardTrial]") -> None:
         console.pairs([(trial.name, _told(trial)) for trial in trials])
     problems = [f"reward `{t.name}`: {text}" for t in trials for text in t.problems]
     if problems:
-        fix = "    Fix: correct the reward; --no-rewards checks the recipe alone."
+        fix = "    Fix: correct the reward"
+        fix += "." if alone else "; --no-rewards checks the recipe alone."
         raise RewardError("\n".join([*problems, fix]))
     console.say("ok", style="green")
 

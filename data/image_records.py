@@ -38,7 +38,8 @@ def image_records(source: Path, prompt: str | None = None) -> list[dict[str, Any
 
 
 def _from_jsonl(file: Path, prompt: str | None) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(_text(file).splitlines(), start=1):
+    # Not splitlines(): a JSON text may hold U+2028 and other line ends of Unicode as they are.
+    for number, line in enumerate(_text(file).split("\n"), start=1):
         if not line.strip():
             continue
         where = f"{file}:{number}"

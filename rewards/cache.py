@@ -100,7 +100,8 @@ def _opened(file: Path | None) -> sqlite3.Connection:
 
 def reward_identity(function: RewardFunction) -> str:
     """Return a hash of a reward's name, arguments and code, so that an edit is noticed."""
-    return _hash(function.name, _text(function.args), source_code(function.function))
+    code = function.function
+    return _hash(function.name, code.__qualname__, _text(function.args), source_code(code))
 
 
 def image_digest(image: Image.Image) -> str:

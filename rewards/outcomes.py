@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 import traceback
 from collections.abc import Mapping
 from itertools import islice
@@ -11,6 +10,10 @@ from typing import Any
 
 from common.errors import RewardError
 from rewards.contract import Score
+
+_LARGEST = 1e15
+"""Trainers take standard deviations in float32, whose squares end at 1.8e19: beyond it the spread
+of a group, and with it every picture's advantage, would be no number."""
 
 
 class BrokenContract(str):
@@ -109,8 +112,8 @@ def _one_score(item: Any) -> Score:
         return Score(None, f"the reward returned {type(value).__name__}, not a number")
     if abs(value) == math.inf or value != value:
         return Score(None, f"the reward returned {value}", details)
-    if abs(value) > sys.float_info.max:
-        return Score(None, "the reward returned an integer too large for a score", details)
+    if abs(value) > _LARGEST:
+        return Score(None, f"the reward returned a number over {_LARGEST:g}: too large", details)
     return Score(float(value), reason, details)
 
 

@@ -107,10 +107,11 @@ def load_reward(spec: str, /, **args: Any) -> RewardFunction:
         found = _REGISTRY.get(spec)
         function = found.function if isinstance(found, _Slot) else found
         attribute = spec
-    if not callable(function):
-        raise RewardError(f"reward `{spec}` is not a function. Fix: point to one.")
-    if inspect.isclass(function):
-        raise RewardError(f"reward `{spec}` is a class. Fix: point to a function.")
+    if not inspect.isroutine(function):
+        raise RewardError(
+            f"reward `{spec}` is of type {type(function).__name__}. Fix: point to a function; what "
+            "another object does can be called in one."
+        )
     return RewardFunction(function, getattr(function, _TRAITS, Traits(attribute)), args)
 
 

@@ -73,6 +73,9 @@ async def remote(
     `source` of an edit): the pictures are sent instead, since servers open no paths.
     Raises RewardError if no server answers or one refuses the request.
     """
+    for name, given in (("servers", servers), ("pictures", pictures)):
+        if isinstance(given, str):
+            raise RewardError(f"reward `remote`: {name} is a text. Fix: write a list, [{given}].")
     body = await asyncio.to_thread(_packed, images, prompts, columns, pictures)
     headers = {"Content-Type": "application/msgpack"}
     if token_file is not None:

@@ -105,7 +105,9 @@ class _Batch:
 
 
 class RewardRunner:
-    """Scores pictures with several rewards at once. Close it, or use it as a context manager.
+    """Scores pictures with several rewards side by side, one call of `score` at a time.
+
+    Close it, or use it as a context manager.
 
     Relative paths in columns that a reward opens start at `folder`, where the prompt file is
     (default: the working directory). With a `cache`, which the caller closes, pictures that a

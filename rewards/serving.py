@@ -139,7 +139,7 @@ class RewardService:
             {
                 "value": one.parts[name],
                 "reason": one.reasons.get(name, ""),
-                "details": one.details.get(name, {}),
+                "details": _sendable(one.details.get(name, {})),
             }
             for one in scored
         ]
@@ -285,6 +285,15 @@ def _decoded(encoded: Sequence[bytes], pictures: _Pictures) -> list[Any]:
         except DataError as error:
             images.append(error)
     return images
+
+
+def _sendable(details: dict[str, Any]) -> dict[str, Any]:
+    """Return details, or none if an integer in them has over 64 bits, which msgpack lacks."""
+    try:
+        msgpack.packb(details)
+    except OverflowError:
+        return {}
+    return details
 
 
 def _refusal(status: int, reason: str) -> Response:

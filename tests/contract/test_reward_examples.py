@@ -10,6 +10,11 @@ from pathlib import Path
 import pytest
 
 from cli.main import main
+from recipes.yaml_loader import parse_yaml
+from rewards import load_reward
+from rewards.detector import DETECTORS
+from rewards.plugins import _BUILT_IN
+from rewards.spec import spec_from
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -93,8 +98,34 @@ def table(heading):
 
 
 def test_the_reward_page_has_a_row_for_every_reward_and_detector():
-    from rewards.detector import DETECTORS
-    from rewards.plugins import _BUILT_IN
-
     assert table("# Rewards") == sorted(_BUILT_IN)
     assert table("### Detectors for photographs") == DETECTORS.names()
+
+
+PAGES = [
+    "README.md",
+    *(f"docs/{name}.md" for name in ("rewards", "writing-rewards", "reward-serving")),
+]
+
+
+def entries(value):
+    """Every mapping with the key `use` in the YAML of a page."""
+    if isinstance(value, list):
+        return [entry for item in value for entry in entries(item)]
+    if not isinstance(value, dict):
+        return []
+    return [value] if "use" in value else entries(list(value.values()))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_rewards_in_the_recipes_of_a_page_take_their_arguments(page):
+    found = [
+        entry
+        for code in re.findall(r"```yaml\n(.*?)```", (ROOT / page).read_text("utf-8"), re.DOTALL)
+        for entry in entries(parse_yaml(code.encode(), page).value)
+    ]
+    assert found, page
+    for entry in found:
+        spec_from(entry)
+        if ".py:" not in entry["use"]:
+            load_reward(entry["use"], **entry.get("args", {}))

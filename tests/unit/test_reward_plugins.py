@@ -210,8 +210,9 @@ def test_two_files_of_one_name_are_two_modules_and_may_name_their_rewards_alike(
     ("text", "name", "word"),
     [
         ("def warmth(images): pass", "warmht", "`warmth`"),
-        ("warmth = 3", "warmth", "not a function"),
-        ("class warmth: pass", "warmth", "class"),
+        ("warmth = 3", "warmth", "int"),
+        ("class warmth: pass", "warmth", "type"),
+        ("import functools\nwarmth = functools.partial(print)", "warmth", "partial.*function"),
         ("1 / 0", "warmth", "ZeroDivisionError"),
         ("def (", "warmth", "SyntaxError"),
         ("raise SystemExit(3)", "warmth", "SystemExit: 3"),

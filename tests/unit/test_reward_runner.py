@@ -4,7 +4,10 @@ import asyncio
 import logging
 import math
 import os
+import sys
 import time
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -146,6 +149,8 @@ def test_details_that_are_no_json_object_cost_only_their_own_score(details):
         ([0.5], "list"),
         (1j, "complex"),
         (10**400, "too large"),
+        (1e20, "too large"),
+        (np.float64(-1e300), "too large"),
         (Score(math.nan), "nan"),
         (Score("high"), "str"),
         (np.float32("nan"), "nan"),
@@ -222,6 +227,14 @@ class Panic(BaseException):
     """As raised by libraries written in Rust."""
 
 
+def test_torch_that_another_thread_is_importing_is_left_alone(monkeypatch):
+    half_way = ModuleType("torch")
+    half_way.__spec__ = ModuleSpec("torch", None)
+    half_way.__spec__._initializing = True  # as importlib says it
+    monkeypatch.setitem(sys.modules, "torch", half_way)
+    assert parts(run(RewardSpec("t_level")), "t_level") == [0, 1, 2, 3, 4, 5]
+
+
 class Silent(Exception):
     """Its message cannot be told."""
 
@@ -265,6 +278,7 @@ def test_what_a_coroutine_raises_costs_only_its_own_scores(error):
     assert "oops" in scored[0].reasons["t_awaited_panic"]
 
 
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")
 def test_a_coroutine_that_stops_its_loop_costs_only_its_own_scores():
     @reward(name="t_stops")
     async def stops(images):

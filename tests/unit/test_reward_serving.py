@@ -204,6 +204,20 @@ def test_the_client_sends_the_sources_of_edits(serve, tmp_path):
     assert "lack the column `source`" in one.reasons["remote"]
 
 
+@pytest.mark.parametrize("details", [{"n": 10**30}, {"n": [-(10**19)]}])
+def test_details_that_cannot_be_sent_cost_no_score(details):
+    @reward(name="s_details")
+    def with_details(images):
+        return [Score(0.5, "as asked", details)] * len(images)
+
+    with RewardRunner([RewardSpec("s_details")]) as runner:
+        client = TestClient(build_app(runner), base_url="http://127.0.0.1:8765")
+        answer = client.post("/score", content=job([picture()]), headers=TYPE)
+    assert msgpack.unpackb(answer.content)["scores"] == [
+        {"value": 0.5, "reason": "as asked", "details": {}}
+    ]
+
+
 def test_health_and_metrics(client):
     assert client.get("/health").json() == {"status": "ok", "reward": "s_red"}
     client.post("/score", content=job([picture(), b"x"]), headers=TYPE)
@@ -360,7 +374,7 @@ def test_a_server_that_answers_with_something_else_is_passed_over(serve, answer)
                 connection.sendall(ODD_ANSWERS[answer])
                 return
             connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 600\r\n\r\n")
-            for _ in range(60):
+            for _ in range(600):
                 time.sleep(0.1)
                 connection.sendall(b"x")
 
@@ -384,6 +398,11 @@ def test_a_server_that_speaks_something_else_is_named(serve, monkeypatch):
     monkeypatch.setattr(httpx.AsyncClient, "post", post)
     [one] = remote_scores(1, servers=["http://127.0.0.1:1"])
     assert "did not answer with scores" in one.reasons["remote"]
+
+
+def test_one_server_written_as_a_text_is_named():
+    [one] = remote_scores(1, servers="http://127.0.0.1:1")
+    assert "servers is a text. Fix: write a list, [http://127.0.0.1:1]" in one.reasons["remote"]
 
 
 @pytest.mark.parametrize("content", [b"", b"\n", "schlüssel".encode(), b"\xff"])

@@ -14,7 +14,8 @@ from PIL import Image
 
 from common.errors import RewardError
 from rewards import Score, load_reward, reward
-from rewards.cache import ScoreCache
+from rewards.cache import ScoreCache, reward_identity
+from rewards.contract import RewardFunction, Traits
 from rewards.runner import RewardRunner, RewardSpec
 
 FILE = '''
@@ -287,6 +288,17 @@ def test_whatever_the_reward_sees_is_part_of_the_key(counting, change):
             {"tag": [{"x": 2 if change == "column" else 1}]},
         )
     assert counting == [1, 1]
+
+
+def test_two_rewards_of_one_name_do_not_share_scores():
+    @reward(name="w_same")
+    def first(images):
+        return [1.0] * len(images)
+
+    one = load_reward("w_same")
+    other = RewardFunction(lambda images: [2.0] * len(images), Traits("w_same"), {})
+    assert reward_identity(one) != reward_identity(other)
+    assert reward_identity(one) == reward_identity(load_reward("w_same"))
 
 
 def test_failures_and_whole_batches_are_not_remembered(counting):

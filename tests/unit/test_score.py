@@ -81,6 +81,13 @@ def test_a_jsonl_file_names_pictures_beside_it(folder):
     assert image_records(folder / "d", prompt="y") == records
 
 
+def test_a_line_of_jsonl_ends_at_a_line_feed_alone(folder):
+    prompt = "x\u2028y\u0085z"
+    row = json.dumps({"image": "0.png", "prompt": prompt}, ensure_ascii=False)
+    (folder / "list.jsonl").write_text(f"{row}\r\n{row}", encoding="utf-8", newline="")
+    assert told(image_records(folder / "list.jsonl")) == [("0.png", prompt)] * 2
+
+
 def test_genevals_layout(folder):
     for i in (1, 0):
         for sample in (0, 1):
