@@ -74,9 +74,10 @@ class PolicyConfig:
         """Read `policy.json`; raise `PolicyError` if it is missing or not understood."""
         path = folder / "policy.json"
         if not path.is_file():
+            inside = folder / "policy"
+            found = f"{inside}." if inside.is_dir() else "what `atelier convert` or a run wrote."
             raise PolicyError(
-                f"{folder} is not a policy folder: policy.json is missing. "
-                "Give the folder that `atelier train` or `atelier convert` wrote."
+                f"{folder} is not a policy folder: policy.json is missing.\n    Fix: give {found}"
             )
         try:
             facts = json.loads(path.read_text(encoding="utf-8"))

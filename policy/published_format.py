@@ -247,8 +247,10 @@ class PublishedTokenizer:
     def _encoder(self) -> dict[str, Any]:
         """SigLIP's sizes, from the config of the teacher: a folder beside the file, or a hub id."""
         teacher = str(self._get("teacher", "google/siglip2-so400m-patch14-384"))
-        beside = self.file.parent / Path(teacher).name / "config.json"
-        path = beside if beside.is_file() else config_file(teacher, "config.json")
+        beside = self.file.parent / Path(teacher).name
+        path = beside / "config.json"
+        if not path.is_file():
+            path = config_file(teacher, "config.json", f"put it into {beside}")
         vision = read_json(path).get("vision_config", {})
         if not isinstance(vision, dict):
             raise PolicyError(f"{path}: vision_config is {vision!r}, and no JSON object.")
@@ -262,8 +264,11 @@ class PublishedTokenizer:
         return usual | {key: vision[key] for key in keys if key in vision}
 
 
-def config_file(source: str, name: str) -> Path:
-    """Return a file of a folder or of a repository on the Hugging Face hub."""
+def config_file(source: str, name: str, fix: str = "give its folder") -> Path:
+    """Return a file of a folder or of a repository on the Hugging Face hub.
+
+    `fix` says where a person puts the file that cannot be reached.
+    """
     if Path(source).is_dir():
         return Path(source) / name
     from huggingface_hub import hf_hub_download
@@ -274,7 +279,7 @@ def config_file(source: str, name: str) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise PolicyError(
             f"{source} is neither a folder here nor a repository that can be reached "
-            f"({type(error).__name__}).\n    Fix: download {name} of it and give its folder."
+            f"({type(error).__name__}).\n    Fix: download {name} of it and {fix}."
         ) from error
 
 

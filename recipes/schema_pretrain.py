@@ -27,6 +27,8 @@ FINE_PARTS = {
     "diffusion.patch": ("patch_embed.", "proj_out."),
 }
 """What the names of their weights in the diffusion head begin with."""
+ENCODED_AT_ONCE = 4
+"""Pictures whose latents are made together: at 1024 px each takes 2.7 GB for that."""
 CODEC_LOG_EVERY = 50
 """Steps between two rows of numbers while an image codec is trained."""
 Route = Literal["cross_attention", "noise_space"]

@@ -26,7 +26,7 @@ from data.scenes import (
 from policy.policy import Policy
 from policy.prompts import PromptEncoder
 from policy.sampling import left_pad
-from rl.pretrain_cost import ENCODED_AT_ONCE
+from recipes.schema_pretrain import ENCODED_AT_ONCE
 
 Row = dict[str, Any]
 _CHUNK = 2048

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from common.errors import RecipeError
 from policy.anatomy import Anatomy, with_routes
-from recipes.schema_pretrain import FINE_PARTS, PretrainRecipe
+from recipes.schema_pretrain import ENCODED_AT_ONCE, FINE_PARTS, PretrainRecipe
 from rl.flops import (
     adapter_parameters,
     connector_flops,
@@ -24,8 +24,6 @@ from rl.flops import (
 from rl.memory import Memory, Sharding, activations, autoencoder_buffers
 from rl.sizing import fits
 
-ENCODED_AT_ONCE = 4
-"""Pictures whose latents are made together: at 1024 px each takes 2.7 GB for that."""
 _SINGLE = 4
 """Bytes of a float32."""
 _BUCKET = 500_000_000

@@ -144,6 +144,25 @@ def test_adapters_are_merged_and_leave_the_rest_alone(run, policy_folder):
     assert all("q_proj.weight" in name for name in language)
 
 
+def test_a_compiled_model_gives_the_same_losses_whatever_the_captions_length(run, monkeypatch):
+    """Traced as in a real run; translating the trace into C++ would take minutes."""
+    real = torch.nn.Module.compile
+    options: list[dict] = []
+
+    def traced(module, **asked):
+        options.append(asked)
+        real(module, backend="eager", **asked)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", traced)
+    rows = {}
+    for name in ("true", "false"):
+        changes = ("train.gradient_checkpointing=true", "train.learning_rate=1e-3")
+        folder = run(name, f"train.compile={name}", *changes)
+        rows[name] = [r["loss"] for r in read_journal(folder / "metrics.jsonl") if "loss" in r]
+    assert rows["true"] == pytest.approx(rows["false"], abs=1e-4)
+    assert options == [{"dynamic": True}]
+
+
 @pytest.mark.parametrize("option", ["bf16", "gradient_checkpointing"])
 def test_an_option_that_saves_memory_gives_nearly_the_same_losses(run, option):
     rows = {}
@@ -332,10 +351,17 @@ def test_a_policy_learns_to_take_a_reference(run, policy_folder):
 
 
 def test_a_published_policy_is_taught_the_published_template(policy):
+    """As conversion writes it: vision tags that the tokenizer lacks would be read as text."""
     policy.config = replace(policy.config, prompt_template=published.PROMPT_TEMPLATE)
     teach_editing(policy, ("noise_space",), seed=0)
-    assert policy.config.edit_template == published.EDIT_TEMPLATE
+    assert not set(policy.tokenizer.get_vocab()) & {"<|vision_start|>", "<|vision_end|>"}
+    untagged = published.EDIT_TEMPLATE.replace("<|vision_start|>", "").replace("<|vision_end|>", "")
+    assert policy.config.edit_template == untagged
     assert policy.reference_connector is None
+    policy.tokenizer.add_tokens(["<|vision_start|>", "<|vision_end|>"])
+    policy.config = replace(policy.config, edit_template=None)
+    teach_editing(policy, ("noise_space",), seed=0)
+    assert policy.config.edit_template == published.EDIT_TEMPLATE
 
 
 def test_what_the_loss_sees_of_an_edit(policy_folder):

@@ -90,6 +90,8 @@ def test_what_cannot_be_packed_is_left_out_and_named(tmp_path, capsys):
     (folder / "marked.png").write_bytes(png())
     (folder / "marked.txt").write_bytes(b"\xef\xbb\xbf\n")
     (folder / "album.jpg").mkdir()
+    (folder / "album.png").write_bytes(png())
+    (folder / "album.txt").write_text("beside a folder of its name")
     (folder / "dead.png").symlink_to(folder / "absent.png")
     assert main(["pack", str(folder), str(tmp_path / "out")]) == 0
     told = capsys.readouterr().out
@@ -97,7 +99,7 @@ def test_what_cannot_be_packed_is_left_out_and_named(tmp_path, capsys):
     reasons |= {"album.jpg": "directory", "dead.png": "No such file"}
     for name, reason in reasons.items():
         assert any(name in line and reason in line for line in told.splitlines())
-    assert "packed 2 pictures into 1 shard" in told
+    assert "packed 3 pictures into 1 shard" in told
 
 
 @pytest.mark.parametrize("trouble", ["no folder", "no pictures", "no captions", "one key twice"])

@@ -455,3 +455,11 @@ def test_codecs_compute_in_their_own_type_when_the_language_model_is_cast(policy
     policy.ar.to(torch.bfloat16)
     assert torch.equal(policy.encode_images(pixels), codes)
     assert torch.equal(policy.encode_latents(pixels), latents)
+
+
+def test_latents_that_the_head_s_patches_do_not_cover_are_refused(policy):
+    """diffusers would cut the last row off, and a picture of another size would come out."""
+    policy.diffusion.register_to_config(patch_size=4)  # of six cells
+    parts = (policy.tokenizer, policy.ar, policy.image_tokenizer, policy.connector)
+    with pytest.raises(PolicyError, match=r"latent_size is 6, and .* patch_size of 4"):
+        Policy(policy.config, *parts, policy.diffusion, policy.vae, policy.scheduler_config)

@@ -257,3 +257,22 @@ def test_a_part_that_the_policy_lacks_is_named(capsys):
     overrides = ["policy.path=base", "trainable=[reference_connector]"]
     assert main(["plan", "tiny/pretrain", *overrides]) == 2
     assert "the policy has no reference_connector" in capsys.readouterr().err
+
+
+def test_one_change_is_named_where_memory_is_short(monkeypatch, capsys):
+    recipe = ["tiny/pretrain", "policy.path=base", "policy.device=cpu", "train.batch_size=256"]
+
+    def verdict(*more: str) -> dict:
+        assert main(["plan", *recipe, *more, "--json"]) == 0
+        return json.loads(capsys.readouterr().out)["verdict"]
+
+    needs = verdict()["needs"]
+    monkeypatch.setattr(machine, "memory_bytes", lambda: needs)  # a tenth stays free
+    found = verdict()
+    assert not found["fits"]
+    assert found["decided_by"] == "update"
+    after = verdict(found["fix"]["change"])
+    assert after["fits"]
+    assert after["needs"] == found["fix"]["needs"] < needs
+    monkeypatch.setattr(machine, "memory_bytes", lambda: 10**9)
+    assert verdict()["fix"] is None
