@@ -13,7 +13,6 @@ from rewards.runner import Scored
 from rl.replay import save_rollout
 from rl.rollouts import Rollout
 
-
 train = test_grpo_run.train  # the fixture
 
 
