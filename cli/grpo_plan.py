@@ -11,7 +11,7 @@ def plan_grpo(recipe: "GrpoRecipe") -> dict[str, Any]:
     """Return what `--json` prints. Sizes are bytes, work is floating-point operations."""
     from cli.policy_folder import find_anatomy
     from rl.flops import grpo_flops
-    from rl.memory import grpo_memory, trained_parameters, vllm_pictures, width_of
+    from rl.memory import grpo_memory, trained_parameters, vllm_pictures
     from rl.sizing import with_training
 
     anatomy = find_anatomy(recipe.policy.path)
@@ -38,7 +38,7 @@ def plan_grpo(recipe: "GrpoRecipe") -> dict[str, Any]:
         "checkpoint_bytes": resident["gradients"] + resident["optimizer states"],
     }
     if recipe.rollout.engine == "vllm":
-        facts["work"]["vllm_pictures_at_a_time"] = vllm_pictures(anatomy, width_of(recipe))
+        facts["work"]["vllm_pictures_at_a_time"] = vllm_pictures(recipe, anatomy)
     return facts | _memory(recipe, anatomy)
 
 

@@ -27,6 +27,26 @@ class RaySection(Section):
     ] = 600
 
 
+class VllmSection(Section):
+    """How vLLM starts, in each worker; read only by that engine."""
+
+    cache_gib: Annotated[
+        float,
+        Field(
+            gt=0,
+            description="Memory for keys and values in GiB, which decides how many pictures are "
+            "sampled at a time (`atelier plan` counts them).",
+        ),
+    ] = 1.0
+    compile: Annotated[
+        bool,
+        Field(
+            description="Compile the model at the start, on a GPU into CUDA graphs; takes half a "
+            "minute or more."
+        ),
+    ] = False
+
+
 class RolloutSection(Section):
     """How image tokens are sampled."""
 
@@ -42,6 +62,7 @@ class RolloutSection(Section):
             "trainer's process.",
         ),
     ] = 0
+    vllm: VllmSection = VllmSection()
     ray: RaySection = RaySection()
     lora_sync: Annotated[
         Literal["merged", "adapter"],

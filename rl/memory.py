@@ -17,8 +17,6 @@ from rl.flops import adapter_parameters
 
 SAMPLER_ROWS = 256
 """Sequences that the transformers engine samples at the same time (`ImageTokenSampler`)."""
-VLLM_CACHE = 2**30
-"""Bytes that `VllmEngine` gives to keys and values unless told otherwise."""
 LOGIT_ROWS, LOGIT_COLUMNS = 4096, 16_384
 """Tokens and codes whose logits exist at the same time (TRL's tiles, `rl.image_head.TILE`)."""
 FORWARD_TILE, BACKWARD_TILE = 12, 29
@@ -131,7 +129,7 @@ def _resident(recipe: GrpoRecipe, anatomy: Anatomy, sharding: Sharding, own: int
         resident["KL reference"] = counts["ar"] * width
     if recipe.rollout.engine == "vllm":
         resident["vLLM's weights"] = counts["ar"] * width
-        resident["vLLM's cache"] = VLLM_CACHE
+        resident["vLLM's cache"] = int(recipe.rollout.vllm.cache_gib * 2**30)
     return resident
 
 
@@ -166,10 +164,11 @@ def sampler_cache(anatomy: Anatomy, rows: int, group: int, width: int) -> int:
     return tokens * cache_per_token(anatomy.parts["ar"], width)
 
 
-def vllm_pictures(anatomy: Anatomy, width: int) -> int:
+def vllm_pictures(recipe: GrpoRecipe, anatomy: Anatomy) -> int:
     """Return how many pictures vLLM's cache holds at the same time."""
     length = anatomy.prompt_tokens + anatomy.num_tokens
-    return VLLM_CACHE // (length * cache_per_token(anatomy.parts["ar"], width))
+    cache = int(recipe.rollout.vllm.cache_gib * 2**30)
+    return cache // (length * cache_per_token(anatomy.parts["ar"], width_of(recipe)))
 
 
 def sampler_rows(recipe: GrpoRecipe, images: int) -> int:
@@ -183,7 +182,7 @@ def _sampling(recipe: GrpoRecipe, anatomy: Anatomy, images: int) -> int:
     width, ar = width_of(recipe), anatomy.parts["ar"]
     if recipe.rollout.engine == "vllm":
         # Its logits are of the whole vocabulary; the cache is resident.
-        rows = min(images, vllm_pictures(anatomy, width))
+        rows = min(images, vllm_pictures(recipe, anatomy))
         return 3 * _SINGLE * rows * int(ar.config["vocab_size"])
     rows = sampler_rows(recipe, images)
     # A token's log-probs in float32 and, to draw from them, twice in float64.

@@ -252,6 +252,8 @@ def build_engine(recipe: GrpoRecipe, policy: Policy, longest_prompt: int, events
         longest_prompt,
         device,
         adapter_rank(recipe),
+        rollout.vllm.cache_gib,
+        rollout.vllm.compile,
     )
     if not rollout.workers:
         return spec.build()

@@ -27,6 +27,9 @@ class EngineSpec:
     device: str = "cpu"
     lora_rank: int | None = None
     """Of adapters that are pushed beside the folder's weights (vllm); None = whole models are."""
+    cache_gib: float = 1.0
+    compile_model: bool = False
+    """Both are vLLM's."""
 
     def build(self) -> Engine:
         """Load the weights and start the engine in this process."""
@@ -40,6 +43,8 @@ class EngineSpec:
                 *images,
                 dtype=dtype,
                 max_prompt_length=self.max_prompt_length,
+                cache_gib=self.cache_gib,
+                compile_model=self.compile_model,
                 lora_rank=self.lora_rank,
             )
         from transformers import Qwen3ForCausalLM

@@ -221,13 +221,20 @@ def test_logits_of_an_update():
     assert peak == pytest.approx(4 * 36 * 512 * (2 + memory.BACKWARD_TILE) + gradient, rel=0.1)
 
 
+def test_vllm_s_cache_is_the_recipe_s(published):
+    """Keys and values of 28 layers, 8 heads of 128, two bytes each: 112 KiB for each token."""
+    recipe = recipe_of(
+        "blip3o-next-3b/grpo-geneval", "rollout.engine=vllm", "rollout.vllm.cache_gib=20"
+    )
+    assert memory.grpo_memory(recipe, published).resident["vLLM's cache"] == 20 * 2**30
+    tokens = 20 * 2**30 // (112 * 2**10)
+    expected = tokens // (published.prompt_tokens + published.num_tokens)
+    assert memory.vllm_pictures(recipe, published) == expected > 200
+
+
 def test_the_constants_are_those_of_the_engines():
     import inspect
 
-    from rollout.vllm_engine import VllmEngine
-
-    default = inspect.signature(VllmEngine.__init__).parameters["cache_gib"].default
-    assert default * 2**30 == memory.VLLM_CACHE
     from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
 
     from rl.image_head import TILE

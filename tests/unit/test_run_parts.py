@@ -25,8 +25,16 @@ from rewards.runner import Scored
 from rl.callbacks import InterruptCallback, JournalCallback
 from rl.checkpoints import publish
 from rl.rollouts import Sampler
-from rl.run import _held_out, _sync, check_processes, resume, trainer_config
+from rl.run import (
+    _held_out,
+    _sync,
+    build_engine,
+    check_processes,
+    resume,
+    trainer_config,
+)
 from rl.trl_release import GRPOConfig
+from rollout.build import EngineSpec
 from rollout.decode import Decode
 from rollout.engine import Sampling, WeightMismatch
 
@@ -194,6 +202,20 @@ def test_the_recipe_s_options_reach_trl(tmp_path):
         "seed": 5,
     }
     assert {name: getattr(config, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([], (1.0, False, None)),
+        (["rollout.vllm={cache_gib: 20, compile: true}"], (20.0, True, None)),
+        (["rollout.lora_sync=adapter", "policy.lora={rank: 8}"], (1.0, False, 8)),
+    ],
+)
+def test_the_recipe_s_options_reach_vllm(policy, monkeypatch, overrides, expected):
+    monkeypatch.setattr(EngineSpec, "build", lambda spec: spec)
+    spec = build_engine(recipe_of("rollout.engine=vllm", *overrides), policy, 64, [])
+    assert (spec.cache_gib, spec.compile_model, spec.lora_rank) == expected
 
 
 # --- the engine's weights ------------------------------------------------------------------------
