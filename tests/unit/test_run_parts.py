@@ -349,7 +349,7 @@ def test_a_step_is_divided_among_processes(tmp_path, monkeypatch):
 
 
 def test_details_of_other_kinds_are_left_out_of_the_means():
-    callback = JournalCallback(None, SilentProgress(), [])
+    callback = JournalCallback(None, SilentProgress(), [], [])
     details = [
         {"mine": {"extra": "two cats too many", "strict": True, "soft": [0.5]}},
         {"mine": {"extra": None}, "geneval": {"extra": 2, "strict": 1.0}},
