@@ -79,9 +79,9 @@ def open_stages(
         pools.append(engine.actors)
         if recipe.rollout.max_policy_lag:
             engine = AheadEngine(engine)
-    parts.callback(engine.close)
     for pool in pools:
         parts.callback(pool.close)
+    parts.callback(engine.close)  # first of all: it may be drawing ahead
     for pool in pools:
         pool.await_ready()
     return Stages(engine, render, score)

@@ -4,6 +4,7 @@ import contextlib
 import random
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -112,9 +113,10 @@ def test_the_loss_of_workers_and_of_a_machine_changes_no_number(
     assert killer.left == []
     journal = read_journal(tmp_path / "lost" / "metrics.jsonl")
     losses = [row for row in journal if "event" in row]
-    assert [loss["event"] for loss in losses] == ["worker_replaced"] * 4
-    sections = sorted(loss["section"] for loss in losses)
-    assert sections == ["decode", "rewards", "rollout", "rollout"]
+    assert {loss["event"] for loss in losses} == {"worker_replaced"}
+    sections = Counter(loss["section"] for loss in losses)
+    # Ray may start the new worker on the lost machine before it knows: that is one more.
+    assert sections in [{"rollout": n, "decode": 1, "rewards": 1} for n in (2, 3)]
     assert all(loss["worker"] in (0, 1) and loss["reason"] for loss in losses)
     assert rows == expected_rows
     for name, tensor in expected.items():
