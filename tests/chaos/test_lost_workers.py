@@ -100,6 +100,8 @@ class Killer(threading.Thread):
         return bool(candidates)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)  # a dozen processes import torch, with the lowest priority
 def test_the_loss_of_workers_and_of_a_machine_changes_no_number(
     recipe, undisturbed, machines, tmp_path
 ):

@@ -282,7 +282,7 @@ def test_workers_without_room_are_refused_before_anything_waits(pool):
 
 def test_a_worker_that_cannot_start_says_why(spec, pool, tmp_path):
     wrong = EngineSpec(**{**spec.__dict__, "engine": "vllm", "ar_folder": str(tmp_path)})
-    broken = RayPool(wrong.build, Placement("rollout", 1, cpus=0.01), torch.float32)
+    broken = RayPool(wrong.build, Placement("rollout", 1, cpus=0.0, timeout_s=120), torch.float32)
     with pytest.raises(RunError, match=r"rollout worker cannot start[\s\S]*has no config\.json"):
         broken.actors.await_ready()
     broken.close()
