@@ -1,20 +1,23 @@
 """Seconds of a rollout in waves that overlap over one that goes stage by stage, with stage times.
 
-    python -m benchmarks.pipeline [--waves 4] [--turns 3] [--threads 1] [--judge 0.02]
+    python -m benchmarks.pipeline [--waves 4] [--turns 3] [--threads 1] [--judge 0.02] [--workers 0]
 
 The shipped policy, 12 prompts x 12 samples, GenEval as reward; once as it is, and once with a judge
 that takes `--judge` seconds a picture on another machine, which is waited for. Serial is a recipe's
 `rollout.waves: 1`, pipelined `rollout.waves: N`. They take turns; the ratio is the median over the
 turns of two neighbours. `bound` is what no overlap can beat: all stages over the longest one.
 
+With `--workers N` sampling, rendering and rewards have N actors on Ray each, in both ways.
+
 Overlap needs somewhere to work: a second core, a GPU, another machine. On one core the stages of a
-local step only share it, and the first row is then about 1 or a little below.
+local step only share it, and the first table is then about 1 or a little below.
 """
 
 import argparse
 import os
 import statistics
 import time
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -23,27 +26,38 @@ from data.prompts import draw_records
 from policy import Policy, base_path
 from policy.quiet import quiet_libraries
 from policy.sampling import Sampling
-from rewards.runner import RewardRunner
-from rewards.spec import RewardSpec
+from recipes import load_recipe
+from recipes.schema_grpo import GrpoRecipe
 from rl.rollouts import Judge, Rollout, Sampler
+from rl.stages import Journaled, Score, Stages, build_rewards, open_stages
 from rollout.decode import Decode
 from rollout.timeline import busy_seconds
-from rollout.transformers_engine import TransformersEngine
 
-PROMPTS, GROUP = 12, 12
+PROMPTS, GROUP, LONGEST_PROMPT = 12, 12, 64
+SECTIONS = ("rollout", "decode", "rewards")
 
 
-def judge_of(runner: RewardRunner, records: list[dict[str, Any]], seconds: float) -> Judge:
-    """Return a judge by `runner` that is also waited for, `seconds` a picture."""
+def judge_of(score: Score, records: list[dict[str, Any]], seconds: float) -> Judge:
+    """Return a judge by `score` that is also waited for, `seconds` a picture."""
     asked = [record for record in records for _ in range(GROUP)]
 
     def judge(images: list[Any], rows: slice) -> list[Any]:
         mine = asked[rows]
         time.sleep(seconds * len(images))
         columns = {"metadata": [record["metadata"] for record in mine]}
-        return runner.score(images, [str(record["prompt"]) for record in mine], columns)
+        return score(images, [str(record["prompt"]) for record in mine], columns)
 
     return judge
+
+
+def stages_of(policy: Policy, workers: int, threads: int, parts: ExitStack) -> Stages:
+    """Return the stages in this process, or with `workers` actors on Ray for each of them."""
+    overrides = [f"{section}.workers={workers}" for section in SECTIONS]
+    overrides += [f"{section}.ray.cpus_per_worker={threads}" for section in SECTIONS]
+    recipe = load_recipe("geneval-scenes", overrides).recipe
+    assert isinstance(recipe, GrpoRecipe)
+    rewards = parts.enter_context(build_rewards(recipe))
+    return open_stages(recipe, policy, rewards, LONGEST_PROMPT, Journaled(), parts)
 
 
 def timed(sampler: Sampler, records: list[dict[str, Any]], judge: Judge) -> tuple[float, Rollout]:
@@ -60,44 +74,52 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--judge", type=float, default=0.02)
+    parser.add_argument("--workers", type=int, default=0)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     with quiet_libraries():
         policy = Policy.from_pretrained(base_path())
-    config = policy.config
-    images = (config.image_start_id, config.num_image_tokens, config.num_tokens)
-    engine = TransformersEngine(policy.ar, *images, config.pad_id)
-    samplers = {
-        name: Sampler(policy, engine, Sampling(), Decode(2, 1.0), run_seed=0, waves=waves)
-        for name, waves in (("serial", 1), ("pipelined", arguments.waves))
-    }
     records = draw_records("scenes", "train", None, steps=1, per_step=PROMPTS, seed=0)
     cores = len(os.sched_getaffinity(0))
     print(
         f"{PROMPTS * GROUP} pictures, {arguments.waves} waves, {arguments.threads} thread(s) a "
-        f"stage, {cores} core(s), load {os.getloadavg()[0]:.1f}, torch {torch.__version__}"
+        f"stage, {arguments.workers} worker(s) for each of {', '.join(SECTIONS)}, {cores} core(s), "
+        f"load {os.getloadavg()[0]:.1f}, torch {torch.__version__}"
     )
-    with RewardRunner([RewardSpec("geneval")]) as runner:
+    with ExitStack() as parts:
+        stages = stages_of(policy, arguments.workers, arguments.threads, parts)
+        samplers = {
+            name: Sampler(
+                policy, stages.engine, Sampling(), Decode(2, 1.0), 0, None, waves, [], stages.render
+            )
+            for name, waves in (("serial", 1), ("pipelined", arguments.waves))
+        }
         for name, wait in (
-            ("local reward", 0.0),
-            (f"judge, {arguments.judge:g} s", arguments.judge),
+            ("the reward as it is", 0.0),
+            (f"a judge that is waited for {arguments.judge:g} s a picture", arguments.judge),
         ):
-            judge = judge_of(runner, records, wait)
+            judge = judge_of(stages.score, records, wait)
             seconds: dict[str, list[float]] = {key: [] for key in samplers}
-            stages: dict[str, list[dict[str, float]]] = {key: [] for key in samplers}
+            busy: dict[str, list[dict[str, float]]] = {key: [] for key in samplers}
             for turn in range(arguments.turns + 1):
                 for key, sampler in samplers.items():
                     passed, rollout = timed(sampler, records, judge)
                     if turn:  # the first turn warms up
                         seconds[key].append(passed)
-                        stages[key].append(busy_seconds(rollout.intervals))
-            report(name, seconds, stages)
+                        busy[key].append(busy_seconds(rollout.intervals))
+            report(name, seconds, busy, together=not arguments.workers)
 
 
 def report(
-    name: str, seconds: dict[str, list[float]], stages: dict[str, list[dict[str, float]]]
+    name: str,
+    seconds: dict[str, list[float]],
+    stages: dict[str, list[dict[str, float]]],
+    together: bool,
 ) -> None:
-    """Print the stage times of both ways and their ratio."""
+    """Print the stage times of both ways and their ratio.
+
+    `together`: one model samples and scores, one after the other.
+    """
     print(f"\n{name}")
     names = list(stages["serial"][0])
     print(f"{'':12}{'step':>9}" + "".join(f"{stage:>10}" for stage in names))
@@ -108,8 +130,8 @@ def report(
             + "".join(f"{means[stage]:>9.2f}s" for stage in names)
         )
     serial = {stage: statistics.median(s[stage] for s in stages["serial"]) for stage in names}
-    # The language model samples and scores: one after the other.
-    longest = max(serial["rollout"] + serial["score"], serial["render"], serial["reward"])
+    language = (serial["rollout"], serial["score"])
+    longest = max(sum(language) if together else max(language), serial["render"], serial["reward"])
     pairs = zip(seconds["serial"], seconds["pipelined"], strict=True)
     ratio = statistics.median(slow / fast for slow, fast in pairs)
     bound = sum(serial.values()) / longest

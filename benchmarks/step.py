@@ -39,7 +39,8 @@ from recipes import load_recipe
 from rewards.geneval import geneval
 from rl.grpo import ImageGRPOTrainer
 from rl.rollouts import Decode, Sampler
-from rl.run import build_rewards, load_policy, trainer_config
+from rl.run import load_policy, trainer_config
+from rl.stages import build_rewards
 from rollout.sync import ModelSide, push_weights
 from rollout.transformers_engine import TransformersEngine
 

@@ -18,7 +18,7 @@ from recipes.schema_common import (
     TextPath,
     cross_error,
 )
-from recipes.schema_rollout import DecodeSection, RolloutSection
+from recipes.schema_rollout import DecodeSection, RolloutSection, WorkerSection
 
 SCENE_TASKS: tuple[str, ...] = SceneTask.__args__  # type: ignore[attr-defined]
 
@@ -158,6 +158,16 @@ class RewardsSection(Section):
     cache: Annotated[
         bool, Field(description="Score equal images of equal prompts once, within a run.")
     ] = False
+    workers: Annotated[
+        int,
+        Field(
+            ge=0,
+            le=4096,
+            description="Copies of all these rewards in processes of their own, placed by Ray; 0 = "
+            "in the trainer's process.",
+        ),
+    ] = 0
+    ray: WorkerSection = WorkerSection()
 
     @model_validator(mode="after")
     def _counts(self) -> Self:

@@ -7,8 +7,29 @@ from pydantic import Field, Strict, model_validator
 from recipes.schema_common import Section, TextPath, cross_error
 
 
-class RaySection(Section):
-    """Where rollout workers run; read only if there are any."""
+class WorkerSection(Section):
+    """What each worker of a stage takes on its machine; read only if there are any."""
+
+    cpus_per_worker: Annotated[float, Field(gt=0, description="CPUs and threads of a worker.")] = 1
+    gpus_per_worker: Annotated[
+        float, Field(ge=0, description="GPUs of a worker; 0.5 = two workers share one.")
+    ] = 0
+    resource: Annotated[
+        str | None,
+        Field(
+            min_length=1,
+            description="Ray resource of which a worker takes one, to choose its machines (`ray "
+            "start --resources`); null = any machine.",
+        ),
+    ] = None
+    timeout_s: Annotated[
+        float,
+        Field(gt=0, description="Seconds after which a worker that does not answer is replaced."),
+    ] = 600
+
+
+class RaySection(WorkerSection):
+    """The same for rollout workers, and the cluster of all workers."""
 
     address: Annotated[
         TextPath | None,
@@ -17,14 +38,6 @@ class RaySection(Section):
             "one here for the time of the run."
         ),
     ] = None
-    cpus_per_worker: Annotated[float, Field(gt=0, description="CPUs and threads of a worker.")] = 1
-    gpus_per_worker: Annotated[
-        float, Field(ge=0, description="GPUs of a worker; 0.5 = two workers share one.")
-    ] = 0
-    timeout_s: Annotated[
-        float,
-        Field(gt=0, description="Seconds after which a worker that does not answer is replaced."),
-    ] = 600
 
 
 class VllmSection(Section):
@@ -182,3 +195,13 @@ class DecodeSection(Section):
     check: Annotated[DecodeCheckSection, Field(description="Comparison of the two.")] = (
         DecodeCheckSection()
     )
+    workers: Annotated[
+        int,
+        Field(
+            ge=0,
+            le=4096,
+            description="Diffusion heads in processes of their own, placed by Ray; 0 = that of the "
+            "trainer's process.",
+        ),
+    ] = 0
+    ray: WorkerSection = WorkerSection()

@@ -203,10 +203,9 @@ class RewardRunner:
         by_part = [future.result() for future in futures]
         for problem, count in Counter(unusable.values()).items():
             _LOG.warning("%d of %d images were refused: %s", count, len(images), problem)
-        for part, scores in zip(self._parts, by_part, strict=True):
-            judged = [score for i, score in enumerate(scores) if i not in unusable]
-            _log_failures(part.name, judged)
-        return [self._combined(scores, step) for scores in zip(*by_part, strict=True)]
+        scored = [self._combined(scores, step) for scores in zip(*by_part, strict=True)]
+        log_failures([one for i, one in enumerate(scored) if i not in unusable])
+        return scored
 
     def call_once(
         self,
@@ -379,8 +378,19 @@ def _host(function: RewardFunction, spec: RewardSpec) -> Host:
     return WorkerHost(function, spec.use, spec.timeout_s, spec.workers)
 
 
-def _log_failures(name: str, scores: Sequence[Score]) -> None:
-    for reason, count in Counter(s.reason for s in scores if s.value is None).items():
+def log_failures(scored: Sequence[Scored]) -> None:
+    """Log how many pictures each reward could not score, for each reason."""
+    failed = Counter(
+        (name, one.reasons.get(name, ""))
+        for one in scored
+        for name, value in one.parts.items()
+        if value is None
+    )
+    for (name, reason), count in failed.items():
         _LOG.warning(
-            "reward `%s`: %d of %d images could not be scored: %s", name, count, len(scores), reason
+            "reward `%s`: %d of %d images could not be scored: %s",
+            name,
+            count,
+            len(scored),
+            reason,
         )

@@ -39,13 +39,17 @@ _REASONS = 3
 class JournalCallback(TrainerCallback):
     """Write one row a step to `metrics.jsonl` and show it.
 
-    Before it come the step's `events` (lost workers, halved micro-batches), which are then emptied.
+    Before it come the step's `events` (lost workers, halved micro-batches); with workers, the row
+    has when each of them was `busy`. Both lists are then emptied.
     """
 
-    def __init__(self, journal: Journal, progress: Progress, events: Events) -> None:
+    def __init__(
+        self, journal: Journal, progress: Progress, events: Events, busy: list[Interval]
+    ) -> None:
         self.journal = journal
         self.progress = progress
         self._events = events
+        self._busy = busy
         self.trainer: ImageGRPOTrainer | None = None
         self._started = self._ended = 0.0
 
@@ -92,13 +96,25 @@ class JournalCallback(TrainerCallback):
         if self.trainer.ahead is not None:
             intervals += self.trainer.ahead.intervals()
         intervals.sort(key=lambda interval: interval.start)
-        return {
+        return self._workers() | {
             "seconds": {k: round(v, 4) for k, v in busy_seconds(intervals).items()},
             "stages": [
                 [stage, wave, round(start - self._started, 4), round(end - self._started, 4)]
                 for stage, wave, start, end in intervals
             ],
         }
+
+    def _workers(self) -> dict[str, Any]:
+        """When each worker was at work within the step: [worker, start, end]; nothing without."""
+        busy = sorted(self._busy)
+        del self._busy[: len(busy)]  # what is drawn ahead adds to it meanwhile
+        rows = [
+            (name, max(0.0, start - self._started), min(end, self._ended) - self._started)
+            for name, _, start, end in busy
+            if start < self._ended and end > self._started  # held-out evaluation is outside
+        ]
+        told = [[name, round(start, 4), round(end, 4)] for name, start, end in rows]
+        return {"workers": told} if told else {}
 
     def _details(self) -> dict[str, float]:
         """Mean of what the rewards tell beyond their score (strict, soft, extra objects)."""

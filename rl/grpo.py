@@ -26,6 +26,7 @@ from rl.image_head import add_image_head
 from rl.replay import load_rollout, save_rollout
 from rl.reward_columns import reward_columns
 from rl.rollouts import Rollout, Sampler
+from rl.stages import Score
 from rl.trl_release import GRPOConfig, GRPOTrainer
 from rollout.ahead import AheadEngine, Request
 from rollout.timeline import Timeline, busy_seconds
@@ -39,11 +40,12 @@ UNSCORED_STEPS = 3
 class ImageGRPOTrainer(GRPOTrainer):
     """GRPO whose completions are pictures.
 
-    `sampler` makes the rollouts, `rewards` judges them, `sync` brings the weights of a step to the
-    engine and proves that they arrived. Rollouts are also written to the folder `save_to`, or read
-    from `replay` instead of being made. `last_rollout`, `last_prompts` and `last_scores` stay
-    readable for callbacks, and `all_scores`, which has those of the other processes too;
-    `policy_lag` is the number of updates between the weights that drew them and those of the step.
+    `sampler` makes the rollouts, `rewards` judges them (by `score`, which may be elsewhere), `sync`
+    brings the weights of a step to the engine and proves that they arrived. Rollouts are also
+    written to the folder `save_to`, or read from `replay` instead of being made. `last_rollout`,
+    `last_prompts` and `last_scores` stay readable for callbacks, and `all_scores`, which has those
+    of the other processes too; `policy_lag` is the number of updates between the weights that drew
+    them and those of the step.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class ImageGRPOTrainer(GRPOTrainer):
         *,
         sampler: Sampler,
         rewards: RewardRunner,
+        score: Score | None = None,
         sync: Sync,
         drop_zero_variance: bool = True,
         decode_check: DecodeCheck | None = None,
@@ -66,6 +69,7 @@ class ImageGRPOTrainer(GRPOTrainer):
     ) -> None:
         self.sampler = sampler
         self.rewards = rewards
+        self.score = score or rewards.score
         self.records = records
         self.drop_zero_variance = drop_zero_variance
         self.decode_check = decode_check
@@ -175,7 +179,7 @@ class ImageGRPOTrainer(GRPOTrainer):
         """Score pictures of the step's samples `rows` with every reward of the recipe."""
         keys = dict.fromkeys(key for record in self._asked for key in record if key != "prompt")
         columns = {key: [record.get(key) for record in self._asked[rows]] for key in keys}
-        return self.rewards.score(images, self.last_prompts[rows], columns, self.state.global_step)
+        return self.score(images, self.last_prompts[rows], columns, self.state.global_step)
 
     def reward(self, log_metric: Any, **_: Any) -> list[dict[str, float] | None]:
         """Return the scores of the rollout just made; None where a reward that counts failed.

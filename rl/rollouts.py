@@ -18,7 +18,7 @@ from policy.policy import Policy
 from policy.sampling import Sampling
 from rl.image_head import image_logprobs
 from rollout.ahead import Request
-from rollout.decode import Decode, Decoder
+from rollout.decode import Decode, Decoder, Render
 from rollout.engine import Engine, RolloutBatch
 from rollout.micro_batch import Events, MicroBatch, pieces
 from rollout.pipeline import in_turn, overlapped
@@ -68,7 +68,7 @@ class Sampler:
     """Turns prompts into rollouts; every draw is a function of run seed, step and place.
 
     At most `micro_batch` pictures are scored and rendered at the same time; None: all of a wave.
-    What the journal should know is appended to `events`.
+    What the journal should know is appended to `events`. `render` None: the policy's own head.
     """
 
     def __init__(
@@ -81,6 +81,7 @@ class Sampler:
         micro_batch: int | None = None,
         waves: int = 1,
         events: Events | None = None,
+        render: Render | None = None,
     ) -> None:
         self.policy = policy
         self.engine = engine
@@ -90,7 +91,7 @@ class Sampler:
         self.waves = waves
         self.events = events = [] if events is None else events
         self._scoring = MicroBatch("score", micro_batch, "set train.micro_batch lower", events)
-        self.decoder = Decoder(policy, micro_batch, events)
+        self.render = render or Decoder(policy, micro_batch, events)
 
     def __call__(
         self,
@@ -119,7 +120,7 @@ class Sampler:
 
         def render(wave: Wave) -> Wave:
             with timeline.busy("render", wave.number):
-                wave.images = self.decoder(wave.hidden, wave.noise_seeds, self.decode)
+                wave.images = self.render(wave.hidden, wave.noise_seeds, self.decode)
                 del wave.hidden
             return wave
 
@@ -165,7 +166,7 @@ class Sampler:
         """
         hidden = self.policy.condition_rows(rollout.prompt_ids[rows], rollout.completion_ids[rows])
         places = [divmod(i, group_size) for i in range(*rows.indices(len(rollout.images)))]
-        return self.decoder(hidden, self._noise_seeds(places, counters), decode)
+        return self.render(hidden, self._noise_seeds(places, counters), decode)
 
     def _noise_seeds(
         self, places: Sequence[tuple[int, int]], counters: Sequence[int | str]

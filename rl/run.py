@@ -4,7 +4,7 @@ This file is the way in: read `_run` from top to bottom.
 """
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,6 @@ from recipes import LoadedRecipe, dump_recipe, load_recipe
 from recipes.locate import located
 from recipes.schema_grpo import GrpoRecipe
 from recipes.schema_rollout import DecodeEvalSection
-from rewards.cache import ScoreCache
-from rewards.runner import RewardRunner
-from rewards.spec import spec_from
 from rl.callbacks import HeldOutCallback, InterruptCallback, JournalCallback
 from rl.checkpoints import checkpoint_to_resume, refuse_other_processes, step_of
 from rl.decode_check import DecodeCheck, decode_of_journal
@@ -41,15 +38,13 @@ from rl.preflight import check_replay, check_trackers, check_whole_batch
 from rl.provenance import with_stage
 from rl.rollouts import Sampler
 from rl.saved_rollouts import check_saved_by, refuse_used
+from rl.stages import Journaled, adapter_rank, build_rewards, open_stages, placements
 from rl.trl_release import GRPOConfig
 from rl.zero import zero_config
-from rollout.ahead import AheadEngine
-from rollout.build import EngineSpec
 from rollout.decode import Decode
 from rollout.engine import Engine
 from rollout.micro_batch import Events, memory_advice
 from rollout.sync import ModelSide, push_weights, verify_sync
-from rollout.transformers_engine import TransformersEngine
 
 PROBE_EVERY = 25
 """Steps between two syncs that are proved by probe prompts besides the fingerprint."""
@@ -120,19 +115,20 @@ def _run(
         )
         asked = {str(r["prompt"]) for r in [*records, *(suite.records if suite else ())]}
         longest = max(map(len, policy.prompt_ids(sorted(asked))))
-        events: Events = []
-        engine = parts.enter_context(closing(build_engine(recipe, policy, longest, events)))
-        sync = _sync(policy, engine, bool(adapter_rank(recipe)))
+        told = Journaled()
+        stages = open_stages(recipe, policy, rewards, longest, told, parts)
+        sync = _sync(policy, stages.engine, bool(adapter_rank(recipe)))
         rollout, decode = recipe.rollout, recipe.decode.train
         sampler = Sampler(
             policy,
-            engine,
+            stages.engine,
             Sampling(rollout.temperature, rollout.top_k, rollout.top_p),
             decoding(decode, decode.noise == "shared_in_group"),
             recipe.seed,
             recipe.train.micro_batch,
             rollout.waves,
-            events,
+            told.events,
+            stages.render,
         )
         # Only now: a run that cannot start leaves no folder behind.
         parts.enter_context(lock)
@@ -149,9 +145,10 @@ def _run(
             records,
             sampler=sampler,
             rewards=rewards,
+            score=stages.score,
             sync=sync,
             drop_zero_variance=recipe.algorithm.drop_zero_variance,
-            decode_check=_decode_check(recipe, events),
+            decode_check=_decode_check(recipe, told.events),
             save_to=Path(rollout.save_to) if rollout.save_to else None,
             replay=Path(rollout.replay) if rollout.replay else None,
             callbacks=[interrupt],
@@ -165,7 +162,7 @@ def _run(
             journal.rewind(-1 if checkpoint is None else done)
             note_devices(journal, recipe, policy.device, done)
             sampler.decode = decode_of_journal(read_journal(journal.path), sampler.decode)
-            shown = JournalCallback(journal, progress, events)
+            shown = JournalCallback(journal, progress, told.events, told.busy)
             shown.trainer = trainer
             trainer.add_callback(shown)
             if suite:
@@ -201,11 +198,16 @@ def check_processes(recipe: GrpoRecipe, processes: int) -> None:
             f"decode.check.every: decoding is checked by one training process, and this run has "
             f"{processes}.\n    Fix: decode.check.every=0, or start one process."
         )
-    if rollout.engine != "transformers" or rollout.workers:
-        key = "rollout.workers" if rollout.workers else "rollout.engine"
+    if rollout.engine != "transformers":
         raise RunError(
-            f"{key}: of several training processes each samples for itself, with transformers.\n"
-            "    Fix: rollout.engine=transformers rollout.workers=0, or start one process."
+            "rollout.engine: of several training processes each samples for itself, with "
+            "transformers.\n    Fix: rollout.engine=transformers, or start one process."
+        )
+    for section, place in placements(recipe).items():
+        raise RunError(
+            f"{section}.workers: {place.workers} workers of one training process are not shared "
+            f"with others, and this run has {processes}.\n"
+            f"    Fix: {section}.workers=0, or start one process."
         )
     if rollout.prompts_per_step % processes:
         more = -(-rollout.prompts_per_step // processes) * processes
@@ -229,55 +231,6 @@ def load_policy(recipe: GrpoRecipe) -> Policy:
     policy.requires_grad_(False)
     policy.ar.requires_grad_(True)
     return policy
-
-
-def build_engine(recipe: GrpoRecipe, policy: Policy, longest_prompt: int, events: Events) -> Engine:
-    """Return the rollout engine: the trainer's own module, vLLM beside it, or workers on Ray.
-
-    `longest_prompt` is that of the whole run in tokens, template included. What happens to the
-    engine is noted in `events`.
-    """
-    config, rollout = policy.config, recipe.rollout
-    images = (config.image_start_id, config.num_image_tokens, config.num_tokens)
-    # A replay samples for the held-out evaluation alone.
-    if (rollout.engine == "transformers" and not rollout.workers) or rollout.replay:
-        return TransformersEngine(policy.ar, *images, config.pad_id, events=events)
-    device = "cuda" if rollout.ray.gpus_per_worker else "cpu"
-    spec = EngineSpec(
-        rollout.engine,
-        str(policy_path(recipe.policy.path) / "ar"),
-        *images,
-        config.pad_id,
-        recipe.policy.dtype,
-        longest_prompt,
-        device,
-        adapter_rank(recipe),
-        rollout.vllm.cache_gib,
-        rollout.vllm.compile,
-    )
-    if not rollout.workers:
-        return spec.build()
-    from rollout.ray_pool import Placement, RayPool
-
-    ray = rollout.ray
-    placement = Placement(
-        rollout.workers, ray.address, ray.cpus_per_worker, ray.gpus_per_worker, ray.timeout_s
-    )
-    pool = RayPool(spec.build, placement, policy.ar.dtype, events)
-    return AheadEngine(pool) if rollout.max_policy_lag else pool
-
-
-def adapter_rank(recipe: GrpoRecipe) -> int | None:
-    """Return the rank of the adapters that travel to the engine alone; None: they do not."""
-    alone = recipe.rollout.lora_sync == "adapter" and not recipe.rollout.replay
-    return recipe.policy.lora.rank if recipe.policy.lora and alone else None
-
-
-def build_rewards(recipe: GrpoRecipe) -> RewardRunner:
-    """Load the rewards of a recipe whose files have been located."""
-    specs = [spec_from(function.model_dump()) for function in recipe.rewards.functions]
-    folder = Path(recipe.prompts.source).parent
-    return RewardRunner(specs, folder=folder, cache=ScoreCache() if recipe.rewards.cache else None)
 
 
 def trainer_config(recipe: GrpoRecipe, run_dir: Path, completion_length: int) -> GRPOConfig:
@@ -366,6 +319,7 @@ def _held_out(recipe: GrpoRecipe, suite: Suite, sampler: Sampler, sync: Sync) ->
         decoding(recipe.decode.eval, shared_noise=False),
         run_seed=0,
         micro_batch=recipe.train.micro_batch,
+        render=sampler.render,
     )
 
     def held_out(step: int) -> Mapping[str, Any]:

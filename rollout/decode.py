@@ -1,6 +1,6 @@
 """The decode stage: hidden states of many prompts to pictures."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,37 +24,50 @@ class Decode:
     """Noise levels at which there is guidance (`policy.diffusion.sample_latents`)."""
 
 
-class Decoder:
-    """Renders with a policy's connector, diffusion head and autoencoder, `micro_batch` at a time.
+Render = Callable[[Tensor, Sequence[int], Decode], list[Image.Image]]
+"""Turns hidden states [B, 1 + N, H] into pictures, each from the noise of its seed.
 
-    A picture depends on its hidden states, its noise seed and the decode settings alone, so prompts
-    share batches. `micro_batch` None: all at once.
-    """
+A picture depends on these and the settings alone, so prompts share batches."""
+
+
+@torch.no_grad()
+def rendered(
+    policy: Policy, hidden: Tensor, noise_seeds: Sequence[int], decode: Decode
+) -> list[Image.Image]:
+    """Return the pictures of one batch: connector, diffusion head and autoencoder of `policy`."""
+    return to_images(
+        policy.render(
+            hidden,
+            noise=policy.noise(noise_seeds),
+            steps=decode.steps,
+            guidance=decode.guidance,
+            guidance_interval=decode.guidance_interval,
+        )
+    )
+
+
+class Decoder:
+    """`Render` in this process, `micro_batch` pictures at a time; None: all at once."""
 
     def __init__(self, policy: Policy, micro_batch: int | None, events: Events) -> None:
         self.policy = policy
-        advice = "set train.micro_batch lower, or decode fewer prompts at a time (rollout.waves)"
-        self.micro_batch = MicroBatch("render", micro_batch, advice, events)
+        self.micro_batch = decode_micro_batch(micro_batch, events)
 
-    @torch.no_grad()
     def __call__(
         self, hidden: Tensor, noise_seeds: Sequence[int], decode: Decode
     ) -> list[Image.Image]:
-        """Return the pictures of hidden states [B, 1 + N, H], each from the noise of its seed."""
+        """See `Render`."""
 
         def render(size: int) -> list[Image.Image]:
             images: list[Image.Image] = []
             for rows in pieces(len(hidden), size):
-                noise = self.policy.noise(noise_seeds[rows])
-                images += to_images(
-                    self.policy.render(
-                        hidden[rows],
-                        noise=noise,
-                        steps=decode.steps,
-                        guidance=decode.guidance,
-                        guidance_interval=decode.guidance_interval,
-                    )
-                )
+                images += rendered(self.policy, hidden[rows], noise_seeds[rows], decode)
             return images
 
         return self.micro_batch.attempt(len(hidden), render)
+
+
+def decode_micro_batch(size: int | None, events: Events) -> MicroBatch:
+    """Return how many pictures are rendered at a time, wherever that is."""
+    advice = "set train.micro_batch lower, or decode fewer prompts at a time (rollout.waves)"
+    return MicroBatch("render", size, advice, events)

@@ -18,8 +18,9 @@ import ray
 import torch
 from ray import cloudpickle
 
+from rollout.cluster import Placement, ray_cluster
 from rollout.engine import RolloutBatch
-from rollout.ray_pool import Placement, RayPool
+from rollout.ray_pool import RayPool
 
 STEPS, PROMPTS, GROUP, KILLS = 1000, 5, 3, 3
 PUSH_EVERY = 20
@@ -61,13 +62,15 @@ def place_of(seed: int) -> tuple[int, int, int]:
 @pytest.fixture(scope="module")
 def pool() -> Iterator[RayPool]:
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    pool = RayPool(Spelling, Placement(workers=2), torch.float32, events=[])
-    yield pool
-    pool.close()
+    place = Placement("rollout", 2)
+    with ray_cluster(None, [place]):
+        pool = RayPool(Spelling, place, torch.float32, events=[])
+        yield pool
+        pool.close()
 
 
 def kill_soon(pool: RayPool, victim: int, seconds: float) -> threading.Timer:
-    process = ray.get(pool.workers[victim].__ray_call__.remote(lambda worker: os.getpid()))
+    process = ray.get(pool.actors.handles[victim].__ray_call__.remote(lambda worker: os.getpid()))
     timer = threading.Timer(seconds, os.kill, (process, signal.SIGKILL))
     timer.start()
     return timer
@@ -97,6 +100,6 @@ def test_each_sample_of_a_thousand_steps_arrives_once_whoever_is_killed(pool):
         timer.join()
     assert len(arrived) == STEPS * PROMPTS * GROUP
     assert set(arrived.values()) == {1}
-    assert pool.replaced == KILLS
-    assert [event["event"] for event in pool._events] == ["worker_replaced"] * KILLS
-    assert {event["worker"] for event in pool._events} <= {0, 1}
+    assert pool.actors.replaced == KILLS
+    assert [event["event"] for event in pool.actors._events] == ["worker_replaced"] * KILLS
+    assert {event["worker"] for event in pool.actors._events} <= {0, 1}

@@ -13,7 +13,8 @@ from tiny_policy import CODES, new_policy
 from common.errors import RunError
 from rollout import Sampling, WeightMismatch, fingerprint_tensors
 from rollout.build import EngineSpec
-from rollout.ray_pool import Placement, RayPool
+from rollout.cluster import Placement, check_room, ray_cluster
+from rollout.ray_pool import RayPool
 from rollout.sync import ModelSide, push_weights, verify_sync
 from rollout.transformers_engine import TransformersEngine
 from rollout.weights import merged_tensors
@@ -44,9 +45,11 @@ def pool(spec) -> Iterator[RayPool]:
 
     # Workers cannot import this file: its functions travel as they are.
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    pool = RayPool(spec.build, Placement(workers=2, timeout_s=60), torch.float32)
-    yield pool
-    pool.close()
+    place = Placement("rollout", 2, timeout_s=60)
+    with ray_cluster(None, [place]):
+        pool = RayPool(spec.build, place, torch.float32, events=[], busy=[])
+        yield pool
+        pool.close()
 
 
 @pytest.fixture
@@ -64,7 +67,7 @@ def trainer(policy, pool) -> ModelSide:
 def in_worker(pool: RayPool, index: int, function, *arguments):
     import ray
 
-    return ray.get(pool.workers[index].__ray_call__.remote(function, *arguments))
+    return ray.get(pool.actors.handles[index].__ray_call__.remote(function, *arguments))
 
 
 def own_engine(trainer: ModelSide, spec: EngineSpec) -> TransformersEngine:
@@ -127,12 +130,12 @@ def test_more_workers_than_prompts_is_no_matter(pool, trainer, spec):
 
 
 def test_what_the_engine_refuses_is_said_as_the_engine_says_it(pool):
-    before = pool.replaced
+    before = pool.actors.replaced
     with pytest.raises(IndexError, match="out of range"):
         pool.generate([[10**6]], 1, Sampling(), [0])
     with pytest.raises(RunError, match="3 seeds for 1 prompts x 4 samples"):
         pool.generate([[1]], 4, Sampling(), [0, 1, 2])
-    assert pool.replaced == before
+    assert pool.actors.replaced == before
 
 
 # --- weights that did not arrive -----------------------------------------------------------------
@@ -212,70 +215,74 @@ def hang_at_next_generate(worker) -> None:
 
 
 @pytest.mark.parametrize("loss", [die_at_next_generate, hang_at_next_generate])
-def test_a_lost_worker_is_replaced_and_nothing_changes(pool, trainer, spec, loss):
+def test_a_lost_worker_is_replaced_and_nothing_changes(pool, trainer, spec, loss, monkeypatch):
     push_weights(pool, trainer)
     expected = own_engine(trainer, spec).generate(PROMPTS, N, Sampling(), SEEDS)
-    before, pool._placement = pool._placement, Placement(workers=2, timeout_s=25)
-    replaced = pool.replaced
-    try:
-        in_worker(pool, 1, loss)
-        found = pool.generate(PROMPTS, N, Sampling(), SEEDS)
-    finally:
-        pool._placement = before
+    monkeypatch.setattr(pool.actors, "_placement", Placement("rollout", 2, timeout_s=10))
+    replaced = pool.actors.replaced
+    in_worker(pool, 1, loss)
+    found = pool.generate(PROMPTS, N, Sampling(), SEEDS)
     assert torch.equal(found.completion_ids, expected.completion_ids)
-    assert pool.replaced == replaced + 1
-    event = pool._events[-1]
-    assert (event["event"], event["worker"], event["during"]) == ("worker_replaced", 1, "generate")
+    assert pool.actors.replaced == replaced + 1
+    event = pool.actors._events[-1]
+    assert (event["event"], event["section"]) == ("worker_replaced", "rollout")
+    assert (event["worker"], event["during"]) == (1, "generate")
     assert event["reason"]
     assert pool.fingerprint() == fingerprint_tensors(merged_tensors(trainer.model))
 
 
-def spoil_next_worker(pool: RayPool, monkeypatch, spoil) -> None:
-    """Spoil the next worker that the pool starts, before it does anything."""
-    original = pool._new_worker
+def everyone_ready(pool: RayPool) -> None:
+    """Wait until the actors that took lost ones' places can join."""
+    import ray
 
-    def spoiled():
-        monkeypatch.setattr(pool, "_new_worker", original)
-        worker = original()
-        worker.__ray_call__.remote(spoil)
-        return worker
-
-    monkeypatch.setattr(pool, "_new_worker", spoiled)
+    ray.wait(list(pool.actors._starting), num_returns=len(pool.actors._starting), timeout=60)
 
 
 def die_when_loading(worker) -> None:
     worker.engine.load_weights = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_replacement_that_is_lost_as_well_is_replaced(pool, trainer, spec, monkeypatch):
+def test_a_replacement_that_is_lost_as_well_is_replaced(pool, trainer, spec):
     push_weights(pool, trainer)
     expected = own_engine(trainer, spec).generate(PROMPTS, N, Sampling(), SEEDS)
-    replaced = pool.replaced
+    replaced = pool.actors.replaced
     in_worker(pool, 0, die_at_next_generate)
-    spoil_next_worker(pool, monkeypatch, die_when_loading)
-    found = pool.generate(PROMPTS, N, Sampling(), SEEDS)
-    assert torch.equal(found.completion_ids, expected.completion_ids)
-    assert pool.replaced == replaced + 2
+    first = pool.generate(PROMPTS, N, Sampling(), SEEDS)
+    everyone_ready(pool)
+    in_worker(pool, 0, die_when_loading)  # the new one has not loaded the push yet
+    second = pool.generate(PROMPTS, N, Sampling(), SEEDS)
+    for found in (first, second):
+        assert torch.equal(found.completion_ids, expected.completion_ids)
+    assert pool.actors.replaced == replaced + 2
 
 
-def test_a_replacement_with_other_weights_stops_the_run(pool, trainer, monkeypatch):
+def test_a_replacement_with_other_weights_stops_the_run(pool, trainer):
+    everyone_ready(pool)
     push_weights(pool, trainer)
     in_worker(pool, 0, die_at_next_generate)
-    spoil_next_worker(pool, monkeypatch, skip_loading)
+    pool.generate(PROMPTS, N, Sampling(), SEEDS)
+    everyone_ready(pool)
+    in_worker(pool, 0, skip_loading)
     with pytest.raises(WeightMismatch, match="replaces a lost one"):
         pool.generate(PROMPTS, N, Sampling(), SEEDS)
     in_worker(pool, 0, restore)
     push_weights(pool, trainer)
 
 
-def test_workers_without_room_are_refused_before_anything_waits(spec, pool):
-    with pytest.raises(RunError, match=r"3000 workers need 3000 CPUs[\s\S]*Fix: use fewer"):
-        RayPool(spec.build, Placement(workers=3000), torch.float32)
-    with pytest.raises(RunError, match=r"1 workers need 0\.5 GPUs"):
-        RayPool(spec.build, Placement(workers=1, cpus=0.0, gpus=0.5), torch.float32)
+def test_workers_without_room_are_refused_before_anything_waits(pool):
+    with pytest.raises(
+        RunError, match=r"3000 CPU \(rollout\.workers: 3000 x 1\)[\s\S]*Fix: use fewer"
+    ):
+        check_room([Placement("rollout", 3000)])
+    with pytest.raises(RunError, match=r"0\.5 GPU \(decode\.workers: 1 x 0\.5\)"):
+        check_room([Placement("decode", 1, cpus=0.0, gpus=0.5)])
+    with pytest.raises(RunError, match=r"2 judge \(rewards\.workers: 2 x 1\)"):
+        check_room([Placement("rewards", 2, cpus=0.0, resource="judge")])
 
 
 def test_a_worker_that_cannot_start_says_why(spec, pool, tmp_path):
     wrong = EngineSpec(**{**spec.__dict__, "engine": "vllm", "ar_folder": str(tmp_path)})
-    with pytest.raises(RunError, match=r"cannot start[\s\S]*has no config\.json"):
-        RayPool(wrong.build, Placement(workers=1, cpus=0.0, timeout_s=60), torch.float32)
+    broken = RayPool(wrong.build, Placement("rollout", 1, cpus=0.0, timeout_s=120), torch.float32)
+    with pytest.raises(RunError, match=r"rollout worker cannot start[\s\S]*has no config\.json"):
+        broken.actors.await_ready()
+    broken.close()

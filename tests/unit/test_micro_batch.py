@@ -132,7 +132,7 @@ def test_rendering_and_scoring_that_do_not_fit_change_no_picture(policy, monkeyp
     tight("condition_rows", 5)
     events: list[dict] = []
     sampler = sampler_of(policy)
-    sampler.decoder.micro_batch._events = sampler._scoring._events = events
+    sampler.render.micro_batch._events = sampler._scoring._events = events
     found = sampler(PROMPTS, GROUP, 3)
     assert torch.equal(found.completion_ids, expected.completion_ids)
     assert np.abs(pixels(found) - pixels(expected)).max() <= 1

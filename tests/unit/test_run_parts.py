@@ -28,11 +28,11 @@ from rl.rollouts import Sampler
 from rl.run import (
     _held_out,
     _sync,
-    build_engine,
     check_processes,
     resume,
     trainer_config,
 )
+from rl.stages import Journaled, build_engine
 from rl.trl_release import GRPOConfig
 from rollout.build import EngineSpec
 from rollout.decode import Decode
@@ -214,7 +214,8 @@ def test_the_recipe_s_options_reach_trl(tmp_path):
 )
 def test_the_recipe_s_options_reach_vllm(policy, monkeypatch, overrides, expected):
     monkeypatch.setattr(EngineSpec, "build", lambda spec: spec)
-    spec = build_engine(recipe_of("rollout.engine=vllm", *overrides), policy, 64, [])
+    recipe = recipe_of("rollout.engine=vllm", *overrides)
+    spec = build_engine(recipe, policy, 64, None, Journaled())
     assert (spec.cache_gib, spec.compile_model, spec.lora_rank) == expected
 
 
@@ -389,7 +390,7 @@ def test_a_step_is_divided_among_processes(tmp_path, monkeypatch):
 
 
 def test_details_of_other_kinds_are_left_out_of_the_means():
-    callback = JournalCallback(None, SilentProgress(), [])
+    callback = JournalCallback(None, SilentProgress(), [], [])
     details = [
         {"mine": {"extra": "two cats too many", "strict": True, "soft": [0.5]}},
         {"mine": {"extra": None}, "geneval": {"extra": 2, "strict": 1.0}},
@@ -401,7 +402,7 @@ def test_details_of_other_kinds_are_left_out_of_the_means():
 
 
 def test_why_pictures_have_no_score_is_counted():
-    callback = JournalCallback(None, SilentProgress(), [])
+    callback = JournalCallback(None, SilentProgress(), [], [])
     failed = [("a", "hangs")] * 3 + [("b", "HTTP 500")] * 2 + [("a", "odd"), ("a", "rare")]
     scores = [Scored(None, {name: None, "c": 1.0}, {name: why, "c": "x"}) for name, why in failed]
     callback.trainer = SimpleNamespace(all_scores=scores)

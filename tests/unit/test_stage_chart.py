@@ -40,6 +40,20 @@ def test_the_step_of_median_time_is_drawn():
         "update": [(85.0, 15.0)],
     }
     assert len({stage.css for stage in chart.rows}) == 4
+    assert chart.workers == []
+
+
+def test_workers_have_rows_of_their_own_that_count_for_no_stage():
+    busy = [["decode 0", 2.5, 5.0], ["decode 1", 3.0, 5.5], ["decode 0", 5.5, 8.5]]
+    chart = stage_chart([row(1) | {"workers": busy}])
+    assert chart is not None
+    assert [stage.name for stage in chart.rows] == ["sync", "rollout", "render", "update"]
+    assert chart.overlap == pytest.approx(1.2)
+    bars = {worker.name: (worker.bars, worker.seconds) for worker in chart.workers}
+    assert bars == {
+        "decode 0": ([(25.0, 25.0), (55.0, 30.0)], 5.5),
+        "decode 1": ([(30.0, 25.0)], 2.5),
+    }
 
 
 def test_a_step_takes_the_time_that_passed_not_the_sum_of_its_stages():

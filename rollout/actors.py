@@ -1,0 +1,218 @@
+"""Actors on Ray that share the work of a stage: what a lost one was doing, others do.
+
+A piece of work is the arguments of one call; whichever actor is free takes the next one. What an
+actor that died or hung was doing goes to another, and a new actor is started in its place, which
+joins when it is ready: with a machine gone for good that is never, and the others do all. What
+comes of a piece may depend on its arguments alone, so a loss changes no number. Every piece is
+taken exactly once.
+"""
+
+from __future__ import annotations
+
+import heapq
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+from common.errors import RunError
+from rollout.cluster import Placement
+from rollout.micro_batch import Events
+from rollout.timeline import Interval
+
+MAX_LOSSES = 3
+"""Actors lost within one call before the run stops: more is no accident."""
+
+
+class ActorPool:
+    """Actors of one class, on the cluster that this process is connected to.
+
+    Args:
+        actor: the class; each is made with `arguments`, which must be picklable.
+        placement: how many, and where.
+        events: where each loss is noted.
+        busy: where is noted when each actor was at work, as this process saw it.
+    """
+
+    def __init__(
+        self,
+        actor: type,
+        arguments: tuple[Any, ...],
+        placement: Placement,
+        events: Events | None = None,
+        busy: list[Interval] | None = None,
+    ) -> None:
+        import ray
+
+        self._class, self._arguments = ray.remote(actor), arguments
+        self._placement = placement
+        self._events = [] if events is None else events
+        self._busy = [] if busy is None else busy
+        self.replaced = 0
+        """Actors that were lost and replaced since the start."""
+        self._starting: dict[Any, int] = {}
+        self._free: list[int] = []
+        self.handles = [self._new(number) for number in range(placement.workers)]
+        """The actors by number, also those that are not ready yet."""
+
+    def await_ready(self) -> None:
+        """Wait until all actors are there; RunError if one cannot be made.
+
+        Calls wait for the actors that they need, but only here is it seen that some never come.
+        """
+        import ray
+
+        losses: list[str] = []
+        section, limit = self._placement.section, self._placement.timeout_s
+        while self._starting:
+            ready, _ = ray.wait(list(self._starting), timeout=limit)
+            if not ready:
+                raise RunError(
+                    f"{len(self._starting)} of {len(self.handles)} {section} workers did not start "
+                    f"within {limit:g} s.\n"
+                    f"    Fix: raise {section}.ray.timeout_s, or see `ray status`."
+                )
+            self._join(ready[0], losses)
+
+    def run(self, method: str, pieces: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """Call `method` with each piece and return the results in order.
+
+        What a call raises is raised here, when no other call is running any more.
+        """
+        results = self._call(method, pieces, [], again=True)
+        return [results[index] for index in range(len(pieces))]
+
+    def on_all(self, method: str, *arguments: Any) -> list[Any]:
+        """Call `method` on every actor that is ready and return what they answer, at least one.
+
+        One that is lost meanwhile or joins later is left out.
+        """
+        losses: list[str] = []
+        results: dict[int, Any] = {}
+        while not results:
+            everyone = [arguments] * max(1, len(self._free))
+            results = self._call(method, everyone, losses, again=False)
+        return list(results.values())
+
+    def close(self) -> None:
+        """End the actors."""
+        import ray
+
+        for handle in self.handles:
+            ray.kill(handle)
+        self.handles, self._starting, self._free = [], {}, []
+
+    # --- calls ------------------------------------------------------------------------------------
+
+    def _call(
+        self, method: str, pieces: Sequence[tuple[Any, ...]], losses: list[str], again: bool
+    ) -> dict[int, Any]:
+        """Return the results by piece; those of lost actors are done again, or left out."""
+        import ray
+
+        results: dict[int, Any] = {}
+        refusal: BaseException | None = None
+        waiting = deque(range(len(pieces)))
+        running: dict[Any, tuple[int, int, float]] = {}  # call -> actor, piece, when it began
+        while waiting or running:
+            while waiting and self._free:
+                number, index = heapq.heappop(self._free), waiting.popleft()
+                call = getattr(self.handles[number], method).remote(*pieces[index])
+                running[call] = number, index, time.perf_counter()
+            done = self._wait(running)
+            for call in done or self._overdue(running):
+                if call in self._starting:
+                    self._join(call, losses)
+                    continue
+                number, index, began = running.pop(call)
+                try:
+                    if not done:
+                        raise ray.exceptions.GetTimeoutError(
+                            f"no answer for {self._placement.timeout_s:g} s"
+                        )
+                    results[index] = ray.get(call)
+                except ray.exceptions.RayTaskError as error:
+                    # What one refuses, another would refuse as well.
+                    refusal = error.cause
+                    waiting.clear()
+                except ray.exceptions.RayError as error:  # dead, out of memory, lost, hung
+                    self._lose(number, method, error, losses)
+                    if again and refusal is None:
+                        waiting.appendleft(index)
+                    continue
+                name = f"{self._placement.section} {number}"
+                self._busy.append(Interval(name, 0, began, time.perf_counter()))
+                heapq.heappush(self._free, number)
+        if refusal is not None:
+            raise refusal
+        return results
+
+    def _wait(self, running: dict[Any, tuple[int, int, float]]) -> list[Any]:
+        """Wait for a call that is done or an actor that is ready; none if a call takes too long."""
+        import ray
+
+        limit, now = self._placement.timeout_s, time.perf_counter()
+        oldest = min((began for *_, began in running.values()), default=now)
+        done, _ = ray.wait([*running, *self._starting], timeout=max(0.0, oldest + limit - now))
+        if not done and not running:
+            raise RunError(
+                f"there is no {self._placement.section} worker, and none started within {limit:g} "
+                "s.\n    Fix: give the cluster room for them; then `atelier resume` goes on."
+            )
+        found: list[Any] = done
+        return found
+
+    def _overdue(self, running: dict[Any, tuple[int, int, float]]) -> list[Any]:
+        end = time.perf_counter() - self._placement.timeout_s
+        return [call for call, (*_, began) in running.items() if began <= end]
+
+    # --- losses -----------------------------------------------------------------------------------
+
+    def _new(self, number: int) -> Any:
+        placement = self._placement
+        named = {placement.resource: 1} if placement.resource else None
+        handle = self._class.options(
+            num_cpus=placement.cpus, num_gpus=placement.gpus, resources=named
+        ).remote(*self._arguments)
+        self._starting[handle.__ray_ready__.remote()] = number
+        return handle
+
+    def _join(self, ready: Any, losses: list[str]) -> None:
+        import ray
+
+        number = self._starting.pop(ready)
+        try:
+            ray.get(ready)
+        except ray.exceptions.RayError as error:
+            if getattr(error, "actor_init_failed", False):
+                section = self._placement.section
+                raise RunError(f"a {section} worker cannot start: {error}") from None
+            self._lose(number, "start", error, losses)
+        else:
+            heapq.heappush(self._free, number)
+
+    def _lose(self, number: int, during: str, error: Exception, losses: list[str]) -> None:
+        """Start a new actor in a lost one's place, or give up."""
+        import ray
+
+        section = self._placement.section
+        losses.append(f"worker {number}: {error}")
+        if len(losses) > MAX_LOSSES:
+            raise RunError(
+                f"{len(losses)} {section} workers were lost within one `{during}`; the last, "
+                f"{losses[-1]}\n"
+                "    Fix: if memory ran out, give workers fewer images at a time (rollout.waves, "
+                "train.micro_batch) or more room; then `atelier resume` goes on."
+            ) from error
+        self._events.append(
+            {
+                "event": "worker_replaced",
+                "section": section,
+                "worker": number,
+                "during": during,
+                "reason": str(error).splitlines()[0],
+            }
+        )
+        ray.kill(self.handles[number])
+        self.replaced += 1
+        self.handles[number] = self._new(number)

@@ -1,0 +1,99 @@
+"""The Ray cluster of a run: started on this machine for its time, or joined."""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from common.errors import RunError
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How many actors of one kind there are, and what each of them takes.
+
+    `section` is that of the recipe (`rollout`, `decode`, `rewards`). A GPU may be shared (0.5);
+    `resource` names a Ray resource of which each takes one. `timeout_s` is how long one call may
+    take before an actor counts as hung.
+    """
+
+    section: str
+    workers: int
+    cpus: float = 1
+    gpus: float = 0
+    resource: str | None = None
+    timeout_s: float = 600
+
+    @property
+    def threads(self) -> int:
+        """Threads that each computes with."""
+        return max(1, int(self.cpus))
+
+    @property
+    def each(self) -> dict[str, float]:
+        """What one takes, by the names under which Ray counts it."""
+        named = {self.resource: 1.0} if self.resource else {}
+        return {"CPU": self.cpus, "GPU": self.gpus, **named}
+
+
+@contextmanager
+def ray_cluster(address: str | None, placements: Sequence[Placement]) -> Iterator[None]:
+    """Join the cluster at `address` ("auto": the one of this machine); None starts one here.
+
+    One that this process is connected to already is used as it is. Raises RunError where Ray would
+    wait for room without end.
+    """
+    import ray
+
+    connects = not ray.is_initialized()
+    if connects:
+        _connect(address, placements)
+    try:
+        check_room(placements)
+        yield
+    finally:
+        if connects:
+            ray.shutdown()
+
+
+def check_room(placements: Sequence[Placement]) -> None:
+    """Raise RunError unless the cluster has free what all of them need."""
+    import ray
+
+    free = ray.available_resources()
+    for resource, needed in _needed(placements).items():
+        there = free.get(resource, 0.0)
+        if needed > there:
+            taken = [(p, p.each[resource]) for p in placements if p.each.get(resource)]
+            told = ", ".join(f"{p.section}.workers: {p.workers} x {each:g}" for p, each in taken)
+            raise RunError(
+                f"the workers need {needed:g} {resource} ({told}), and the Ray cluster has "
+                f"{there:g} free.\n"
+                "    Fix: use fewer workers, or let each take less (`ray` in the same section)."
+            )
+
+
+def _connect(address: str | None, placements: Sequence[Placement]) -> None:
+    import ray
+
+    if address is not None:
+        ray.init(address=address, log_to_driver=False, configure_logging=False)
+        return
+    # Ray counts CPUs to place actors; a small machine must still hold all of them.
+    needed = _needed(placements)
+    cpus, _ = needed.pop("CPU"), needed.pop("GPU")
+    ray.init(
+        num_cpus=max(os.cpu_count() or 1, int(-(-cpus // 1))),
+        resources=needed,
+        include_dashboard=False,
+        log_to_driver=False,
+        configure_logging=False,
+    )
+
+
+def _needed(placements: Sequence[Placement]) -> dict[str, float]:
+    needed = {"CPU": 0.0, "GPU": 0.0}
+    for placement in placements:
+        for resource, each in placement.each.items():
+            needed[resource] = needed.get(resource, 0.0) + placement.workers * each
+    return needed
