@@ -80,7 +80,7 @@ def lagging(policy_folder, tmp_path_factory):
         def write(self, row):
             trainer.rows.append(row)
 
-    shown = JournalCallback(Rows(), SilentProgress(), [])
+    shown = JournalCallback(Rows(), SilentProgress(), [], [])
     shown.trainer = trainer
     trainer.add_callback(shown)
     batches = watch_batches(trainer)
