@@ -66,7 +66,8 @@ def table(comparison: dict[str, Any]) -> list[str]:
         f"{comparison['prompts']} prompts, {comparison['pairs']} pairs",
         "",
     ]
-    entries = {"overall": comparison["overall"], **comparison["tasks"], **comparison["others"]}
+    tasks = comparison["tasks"] if len(comparison["tasks"]) > 1 else {}  # one is the overall score
+    entries = {"overall": comparison["overall"], **tasks, **comparison["others"]}
     if comparison["layout_diversity"] is not None:
         entries["layout diversity"] = comparison["layout_diversity"]
     width = max(map(len, entries))

@@ -124,7 +124,8 @@ def summary(results: dict[str, Any]) -> list[str]:
     facts = results["suite"]
     headline = next(iter(facts["metrics"]))
     rows = [("overall", results["overall"][headline])]
-    rows += [(task, part["metrics"][headline]) for task, part in results["tasks"].items()]
+    if len(results["tasks"]) > 1:  # a single one is the overall score
+        rows += [(task, part["metrics"][headline]) for task, part in results["tasks"].items()]
     width = max(len(task) for task, _ in rows)
     lines = [f"{facts['title']}, {headline}, {results['images']} pictures"]
     if lacking := results.get("not_supported"):

@@ -1,12 +1,16 @@
 """Which GPU a process takes. Without GPUs here, their number is set by hand."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import TrainingArguments
 
 from common.errors import RunError
+from common.journal import Journal, read_journal
 from common.progress import SilentProgress
-from rl.devices import training_device, use_one_gpu
+from recipes import load_recipe
+from rl.devices import note_devices, training_device, use_one_gpu
 
 
 @pytest.fixture
@@ -61,3 +65,18 @@ def test_one_process_uses_one_of_several_gpus_and_says_how_to_use_all(tmp_path):
     assert "torchrun --nproc_per_node 8" in line
     use_one_gpu(arguments, Told())
     assert len(told) == 1
+
+
+def test_a_run_notes_its_devices_once_and_again_when_they_change(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "metrics.jsonl")
+    recipe = load_recipe("geneval-scenes").recipe
+    for step in (0, 4):  # a resumed run on the same machine
+        note_devices(journal, recipe, torch.device("cpu"), step)
+    more = load_recipe("geneval-scenes", ["rollout.workers=3"]).recipe
+    note_devices(journal, more, torch.device("cpu"), 4)
+    rows = read_journal(journal.path)
+    assert [(row["step"], row["kind"], row["count"]) for row in rows] == [
+        (0, "CPU", 1),
+        (4, "CPU", 4),
+    ]
+    assert all(row["event"] == "devices" and row["device"] for row in rows)

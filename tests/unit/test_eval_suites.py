@@ -243,6 +243,16 @@ def test_two_prompts_under_one_id_are_refused(tmp_path: Path) -> None:
         load_suite("prompt-file", options=options)
 
 
+def test_the_same_prompt_twice_is_one_fact(tmp_path: Path) -> None:
+    (tmp_path / "bright.py").write_text(CODE)
+    lines = ['{"prompt": "a lamp"}', '{"prompt": "a lamp"}', '{"prompt": "a chair"}']
+    (tmp_path / "rooms.jsonl").write_text("\n".join(lines) + "\n")
+    options = {"prompts": f"{tmp_path}/rooms.jsonl", "reward": f"{tmp_path}/bright.py:bright"}
+    records = load_suite("prompt-file", options=options).records
+    assert len({record["prompt_id"] for record in records}) == 3
+    assert [record["cluster"] for record in records] == ["a lamp", "a lamp", "a chair"]
+
+
 def judged_by(folder: Path, code: str, prompt: str = "a lamp", **options: str) -> Suite:
     """A suite over folder/rooms.jsonl with the reward in folder/bright.py."""
     folder.mkdir(exist_ok=True)
