@@ -83,6 +83,7 @@ def _connect(address: str | None, placements: Sequence[Placement]) -> None:
     needed = _needed(placements)
     cpus, _ = needed.pop("CPU"), needed.pop("GPU")
     ray.init(
+        address="local",  # by default Ray would join whatever cluster runs on this machine
         num_cpus=max(os.cpu_count() or 1, int(-(-cpus // 1))),
         resources=needed,
         include_dashboard=False,
