@@ -7,6 +7,7 @@ import typer
 if TYPE_CHECKING:
     from recipes import LoadedRecipe
     from recipes.schema_grpo import GrpoRecipe
+    from recipes.schema_pretrain import PretrainRecipe
     from rewards.checks import RewardTrial
 
 
@@ -51,6 +52,8 @@ def register(app: typer.Typer) -> None:
         if loaded.recipe.kind == "grpo":
             check_replay(loaded.recipe)
             refuse_missing_parts(loaded.recipe)
+        elif loaded.recipe.kind == "pretrain":
+            refuse_missing_data(loaded.recipe)
         trials = reward_trials.of_recipe(loaded) if rewards else []
         if loaded.recipe.kind == "grpo":
             whole = [trial.name for trial in trials if trial.whole_batch]
@@ -79,6 +82,19 @@ def refuse_missing_parts(recipe: "GrpoRecipe") -> None:
             )
     if recipe.evals.every:
         load_suite(recipe.evals.suite, recipe.evals.limit).from_prompts_alone()
+
+
+def refuse_missing_data(recipe: "PretrainRecipe") -> None:
+    """Raise the error with which pretraining would stop at its start: policy, parts, shards."""
+    from data.shards import find_shards
+    from policy import policy_path
+    from policy.anatomy import read_anatomy
+    from rl.pretrain_cost import as_trained, trained_values
+
+    anatomy = read_anatomy(policy_path(recipe.policy.path or "base"))
+    trained_values(recipe, as_trained(recipe, anatomy))
+    if recipe.data.source != "scenes":
+        find_shards(recipe.data.source)
 
 
 def _print_problems(error: Any) -> None:

@@ -199,6 +199,20 @@ def test_check_finds_what_a_run_would_stop_at(capsys, override, told):
     assert told in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("policy.path=/nowhere", "/nowhere is not a policy folder"),
+        ("trainable=[reference_connector]", "the policy has no reference_connector"),
+        ("data.source=/nowhere/{0..3}.tar", "/nowhere/0.tar: no such shard (4 of 4"),
+    ],
+)
+def test_check_finds_what_pretraining_would_stop_at(capsys, override, told):
+    assert main(["check", "tiny/pretrain"]) == 0
+    assert main(["check", "tiny/pretrain", override]) in (1, 2)
+    assert told in capsys.readouterr().err
+
+
 def test_check_as_json(capsys):
     assert main(["check", "geneval-scenes", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
