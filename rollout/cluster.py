@@ -77,12 +77,19 @@ def _connect(address: str | None, placements: Sequence[Placement]) -> None:
     import ray
 
     if address is not None:
-        ray.init(address=address, log_to_driver=False, configure_logging=False)
+        try:
+            ray.init(address=address, log_to_driver=False, configure_logging=False)
+        except ConnectionError as error:
+            raise RunError(
+                f"rollout.ray.address: no Ray cluster answers at {address} ({error}).\n"
+                "    Fix: start one with `ray start --head`, or set the key to null."
+            ) from error
         return
     # Ray counts CPUs to place actors; a small machine must still hold all of them.
     needed = _needed(placements)
     cpus, _ = needed.pop("CPU"), needed.pop("GPU")
     ray.init(
+        address="local",  # or Ray joins what someone else has started on this machine
         num_cpus=max(os.cpu_count() or 1, int(-(-cpus // 1))),
         resources=needed,
         include_dashboard=False,
