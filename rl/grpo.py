@@ -40,7 +40,7 @@ UNSCORED_STEPS = 3
 class ImageGRPOTrainer(GRPOTrainer):
     """GRPO whose completions are pictures.
 
-    `sampler` makes the rollouts, `rewards` judges them (by `score`, which may be elsewhere), `sync`
+    `sampler` makes the rollouts, `rewards` judges them (elsewhere: through `score`), `sync`
     brings the weights of a step to the engine and proves that they arrived. Rollouts are also
     written to the folder `save_to`, or read from `replay` instead of being made. `last_rollout`,
     `last_prompts` and `last_scores` stay readable for callbacks, and `all_scores`, which has those
@@ -69,7 +69,7 @@ class ImageGRPOTrainer(GRPOTrainer):
     ) -> None:
         self.sampler = sampler
         self.rewards = rewards
-        self.score = score or rewards.score
+        self.score = score
         self.records = records
         self.drop_zero_variance = drop_zero_variance
         self.decode_check = decode_check
@@ -179,7 +179,8 @@ class ImageGRPOTrainer(GRPOTrainer):
         """Score pictures of the step's samples `rows` with every reward of the recipe."""
         keys = dict.fromkeys(key for record in self._asked for key in record if key != "prompt")
         columns = {key: [record.get(key) for record in self._asked[rows]] for key in keys}
-        return self.score(images, self.last_prompts[rows], columns, self.state.global_step)
+        score = self.score or self.rewards.score
+        return score(images, self.last_prompts[rows], columns, self.state.global_step)
 
     def reward(self, log_metric: Any, **_: Any) -> list[dict[str, float] | None]:
         """Return the scores of the rollout just made; None where a reward that counts failed.

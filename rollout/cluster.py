@@ -77,7 +77,13 @@ def _connect(address: str | None, placements: Sequence[Placement]) -> None:
     import ray
 
     if address is not None:
-        ray.init(address=address, log_to_driver=False, configure_logging=False)
+        try:
+            ray.init(address=address, log_to_driver=False, configure_logging=False)
+        except ConnectionError as error:
+            raise RunError(
+                f"rollout.ray.address: no Ray cluster answers at {address} ({error}).\n"
+                "    Fix: start one with `ray start --head`, or set the key to null."
+            ) from error
         return
     # Ray counts CPUs to place actors; a small machine must still hold all of them.
     needed = _needed(placements)

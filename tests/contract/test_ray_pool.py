@@ -45,7 +45,7 @@ def pool(spec) -> Iterator[RayPool]:
 
     # Workers cannot import this file: its functions travel as they are.
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    place = Placement("rollout", 2, timeout_s=60)
+    place = Placement("rollout", 2, timeout_s=240)
     with ray_cluster(None, [place]):
         pool = RayPool(spec.build, place, torch.float32, events=[], busy=[])
         yield pool
