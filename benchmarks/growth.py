@@ -5,8 +5,8 @@
 Random weights at the shipped tiny policy's size, one thread, CPU seconds, median over turns. One
 quantity doubles while the others stay at 16 pictures, 6x6 tokens, 512 codes and 48 pixels; every
 stage of a step is timed and the growth is fitted as seconds = c * n^e over the last three points
-(small sizes measure overhead). `memory` is the peak of an update beside the weights. --write
-makes benchmarks/results/growth.json, growth.md and docs/images/growth.svg.
+(small sizes measure overhead). `memory` is the peak of an update's tensors beside the weights.
+--write makes benchmarks/results/growth.json, growth.md and docs/images/growth.svg.
 """
 
 import argparse
@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import AutoencoderDC, SanaTransformer2DModel
+from torch.distributed._tools.mem_tracker import MemTracker
 
 from benchmarks.machine import machine
-from benchmarks.timing import peak_memory, take_turns
+from benchmarks.timing import take_turns
 from common.atomic import write_text
 from policy.connector import Connector
 from policy.diffusion import sample_latents
@@ -119,10 +120,21 @@ def measure(turns: int) -> dict[str, list[dict[str, Any]]]:
             stages: dict[str, Callable[[], None]] = {name: getattr(step, name) for name in STAGES}
             times = take_turns(stages, turns)
             row = {name: times.median(name) for name in STAGES}
-            memory = peak_memory(step.update)
+            memory = peak_megabytes(step)
             rows.setdefault(quantity, []).append({"value": value, **row, "memory_mb": memory})
             print(NAMES[quantity], value, {k: round(v, 3) for k, v in row.items()}, flush=True)
     return rows
+
+
+def peak_megabytes(step: Step) -> float:
+    """Return what the tensors of an update take at most beside the weights, by torch's tracker."""
+    tracker = MemTracker()
+    tracker.track_external(step.model)
+    with tracker:
+        step.update()
+    snapshot = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
+    weights = sum(parameter.nbytes for parameter in step.model.parameters())
+    return float(snapshot["Total"] - weights) / 1e6
 
 
 def exponent(points: list[dict[str, Any]], column: str) -> float:
