@@ -12,10 +12,12 @@ GPU_COUNTS = (1, 8, 32)
 def plan_pretrain(recipe: "PretrainRecipe") -> dict[str, Any]:
     """Return what `--json` prints. Sizes are bytes, work is floating-point operations."""
     from cli.policy_folder import find_anatomy
+    from rl.preflight import check_targets
     from rl.pretrain_cost import as_trained, pretrain_flops, trained_values
 
     # New weights have the sizes of the shipped policy.
     anatomy = as_trained(recipe, find_anatomy(recipe.policy.path or "base"))
+    check_targets(recipe.policy.lora, anatomy)
     work = dict(pretrain_flops(recipe, anatomy))
     facts = {
         "name": recipe.name,
