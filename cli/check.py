@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from recipes import LoadedRecipe
     from recipes.schema_grpo import GrpoRecipe
     from recipes.schema_pretrain import PretrainRecipe
@@ -67,34 +69,47 @@ def register(app: typer.Typer) -> None:
 def refuse_missing_parts(recipe: "GrpoRecipe") -> None:
     """Raise the error with which a run would stop at its start: policy, adapter targets, suite."""
     from cli.policy_folder import find_policy
-    from common.errors import RecipeError
     from evals.suites import load_suite
     from policy.anatomy import read_anatomy
+    from rl.preflight import check_targets
 
-    anatomy = read_anatomy(find_policy(recipe.policy.path))
-    lora = recipe.policy.lora
-    for target in lora.targets if lora else ():
-        if not anatomy.parts["ar"].linear(target):
-            raise RecipeError(
-                f"policy.lora.targets: the model's layers have no linear map `{target}`.\n"
-                "    Fix: choose from q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj and "
-                "down_proj."
-            )
+    check_targets(recipe.policy.lora, read_anatomy(find_policy(recipe.policy.path)))
     if recipe.evals.every:
         load_suite(recipe.evals.suite, recipe.evals.limit).from_prompts_alone()
 
 
 def refuse_missing_data(recipe: "PretrainRecipe") -> None:
-    """Raise the error with which pretraining would stop at its start: policy, parts, shards."""
-    from data.shards import find_shards
+    """Raise the error with which pretraining would stop at its start: policy, parts, context,
+    shards. Of the shards, which may be many, only the first is read."""
+    from data.shards import build_index, find_shards
     from policy import policy_path
     from policy.anatomy import read_anatomy
+    from rl.preflight import check_context, check_targets
     from rl.pretrain_cost import as_trained, trained_values
 
-    anatomy = read_anatomy(policy_path(recipe.policy.path or "base"))
-    trained_values(recipe, as_trained(recipe, anatomy))
+    folder = policy_path(recipe.policy.path or "base")
+    anatomy = as_trained(recipe, read_anatomy(folder))
+    check_targets(recipe.policy.lora, anatomy)
+    trained_values(recipe, anatomy)
+    if recipe.data.context:
+        pictures = (1 + recipe.data.references) * anatomy.num_tokens
+        check_context(recipe.data.context, _template_tokens(folder) + pictures)
     if recipe.data.source != "scenes":
-        find_shards(recipe.data.source)
+        build_index(find_shards(recipe.data.source)[:1], bool(recipe.data.references))
+
+
+def _template_tokens(folder: "Path") -> int:
+    """Return the tokens of a prompt without text; that for a reference has a few more."""
+    from transformers import AutoTokenizer
+
+    from policy.config import PolicyConfig
+    from policy.prompts import PromptEncoder
+    from policy.quiet import refused_as
+
+    with refused_as(f"{folder}/tokenizer cannot be read", "copy the policy folder again."):
+        tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    [empty] = PromptEncoder(tokenizer).ids(PolicyConfig.load(folder), [""])
+    return len(empty)
 
 
 def _print_problems(error: Any) -> None:

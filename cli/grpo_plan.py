@@ -12,10 +12,11 @@ def plan_grpo(recipe: "GrpoRecipe") -> dict[str, Any]:
     from cli.policy_folder import find_anatomy
     from rl.flops import grpo_flops
     from rl.memory import grpo_memory, trained_parameters, vllm_pictures
+    from rl.preflight import check_targets
     from rl.sizing import with_training
 
     anatomy = find_anatomy(recipe.policy.path)
-    _check_targets(recipe, anatomy)
+    check_targets(recipe.policy.lora, anatomy)
     work = grpo_flops(recipe, anatomy)
     stages = ("sampling", "scoring", "diffusion", "autoencoder", "update")
     resident = grpo_memory(recipe, anatomy).resident
@@ -40,21 +41,6 @@ def plan_grpo(recipe: "GrpoRecipe") -> dict[str, Any]:
     if recipe.rollout.engine == "vllm":
         facts["work"]["vllm_pictures_at_a_time"] = vllm_pictures(recipe, anatomy)
     return facts | _memory(recipe, anatomy)
-
-
-def _check_targets(recipe: "GrpoRecipe", anatomy: "Anatomy") -> None:
-    from common.errors import RecipeError
-    from common.registry import nearest
-
-    names = [name.split(".") for name in anatomy.parts["ar"].shapes if ".layers." in name]
-    known = dict.fromkeys(name[-2] for name in names if name[-2].endswith("_proj"))
-    for target in recipe.policy.lora.targets if recipe.policy.lora else ():
-        if target not in known:
-            close = nearest(target, known)
-            fix = f"did you mean `{close}`?" if close else f"known: {', '.join(known)}."
-            raise RecipeError(
-                f"policy.lora.targets: the policy has no layer `{target}`.\n    Fix: {fix}"
-            )
 
 
 def _pictures(recipe: "GrpoRecipe") -> int:

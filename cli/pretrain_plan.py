@@ -12,10 +12,12 @@ GPU_COUNTS = (1, 8, 32)
 def plan_pretrain(recipe: "PretrainRecipe") -> dict[str, Any]:
     """Return what `--json` prints. Sizes are bytes, work is floating-point operations."""
     from cli.policy_folder import find_anatomy
+    from rl.preflight import check_targets
     from rl.pretrain_cost import as_trained, pretrain_flops, trained_values
 
     # New weights have the sizes of the shipped policy.
     anatomy = as_trained(recipe, find_anatomy(recipe.policy.path or "base"))
+    check_targets(recipe.policy.lora, anatomy)
     work = dict(pretrain_flops(recipe, anatomy))
     facts = {
         "name": recipe.name,
@@ -38,6 +40,7 @@ def _memory(recipe: "PretrainRecipe", anatomy: "Anatomy") -> dict[str, Any]:
     from cli.grpo_plan import device_of
     from rl.memory import Sharding
     from rl.pretrain_cost import (
+        batch_that_divides,
         change_that_fits,
         checkpoint_bytes,
         pictures_per_pass,
@@ -51,11 +54,16 @@ def _memory(recipe: "PretrainRecipe", anatomy: "Anatomy") -> dict[str, Any]:
     rows, options = [], []
     for gpus in GPU_COUNTS if on_gpu else (1,):
         memory = pretrain_memory(recipe, anatomy, Sharding(gpus, stage))
+        batch, micro = batch_that_divides(recipe, gpus), pictures_per_pass(recipe, gpus)
+        needs = [f"train.batch_size={batch}"] if batch != recipe.train.batch_size else []
+        if recipe.train.micro_batch not in (None, micro):
+            needs.append(f"train.micro_batch={micro}")
         rows.append(
             {
                 "gpus": gpus,
                 "zero_stage": stage,
-                "micro_batch": pictures_per_pass(recipe, gpus),
+                "micro_batch": micro,
+                "needs": needs,
                 "resident": memory.resident,
                 "phases": memory.phases,
                 "peak": memory.peak,
@@ -144,6 +152,6 @@ def _show_options(facts: dict[str, Any]) -> None:
         console.say(table_line(f"deepspeed: zero{stage}" if stage else "deepspeed: null", cells))
     sizes = ", ".join(f"{name} {size / 1e9:.0f} GB" for name, size in GPUS.items())
     console.say(f"  the smallest of {sizes} that holds the peak")
-    for row in facts["memory"][1:]:
-        if row["micro_batch"] != facts["memory"][0]["micro_batch"]:
-            console.say(f"  {row['gpus']} GPUs need train.micro_batch={row['micro_batch']}")
+    for row in facts["memory"]:
+        if row["needs"]:
+            console.say(f"  {row['gpus']} GPUs need {' '.join(row['needs'])}")

@@ -117,7 +117,10 @@ def read_parts(folder: Path) -> dict[str, Part]:
         files = sorted(place.glob("*.safetensors"))
         if files:
             shapes = {name: shape for file in files for name, shape in _shapes(file).items()}
-            parts[place.name] = Part(shapes, _config(place / "config.json"))
+            config = _config(place / "config.json")
+            if config.get("tie_word_embeddings"):
+                shapes.pop("lm_head.weight", None)  # stored twice, it is still one in memory
+            parts[place.name] = Part(shapes, config)
     return parts
 
 

@@ -217,6 +217,7 @@ def _places(
     own = {n: tuple(t.shape) for n, t in tokenizer_file.weights.items()}
     if not any(name.startswith(published_format.VISION) for name in tensors.shapes):
         optional |= {name for name in expected if name.startswith(published_format.VISION)}
+        _check_file_weights(tokenizer_file, {name: expected[name] for name in optional - {_HEAD}})
     places: dict[str, tuple[str, str]] = {}
     for name, shape in tensors.shapes.items():
         place = published_format.place(name)
@@ -241,6 +242,21 @@ def _places(
             "    Fix: download the whole checkpoint; check --diffusion and --image-tokenizer."
         )
     return places
+
+
+def _check_file_weights(
+    tokenizer_file: PublishedTokenizer, expected: dict[str, tuple[int, ...]]
+) -> None:
+    """Check that the file has exactly these tensors, published name -> shape, and unused ones."""
+    found = {name: tuple(tensor.shape) for name, tensor in tokenizer_file.weights.items()}
+    for name in sorted(found.keys() | expected.keys()):
+        place = published_format.place(name)
+        if found.get(name) != expected.get(name) and (place is None or place[0] != UPSTREAM):
+            raise PolicyError(
+                f"{tokenizer_file.file}: the tensor {name.removeprefix(published_format.VISION)} "
+                f"has the shape {found.get(name, 'missing')}, expected "
+                f"{expected.get(name, 'no such tensor')}.\n    Fix: {_AGAIN}"
+            )
 
 
 def _check_finite(part: str, weights: dict[str, Tensor]) -> None:

@@ -1,11 +1,15 @@
 """What would stop a run, found before anything is loaded; `atelier check` asks the same."""
 
+import os
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from common.errors import RunError
+from common.errors import RecipeError, RunError
+from common.registry import nearest
+from policy.anatomy import Anatomy
 from recipes import Recipe
+from recipes.schema_common import LoraSection
 from recipes.schema_grpo import GrpoRecipe
 from rl.saved_rollouts import check_saved
 
@@ -21,6 +25,38 @@ def check_trackers(recipe: Recipe) -> None:
                 f"log.trackers: {tracker} is not installed.\n"
                 f"    Fix: pip install {tracker}, or leave it out of log.trackers."
             )
+
+
+def check_launch(deepspeed: str | None) -> None:
+    """Raise RunError if DeepSpeed is wanted and no launcher has told the process its place."""
+    if deepspeed and "RANK" not in os.environ:
+        raise RunError(
+            f"train.deepspeed: {deepspeed} needs a launcher, for a single process too.\n"
+            "    Fix: start with torchrun --nproc_per_node 1 -m cli, or set train.deepspeed=null."
+        )
+
+
+def check_targets(lora: LoraSection | None, anatomy: Anatomy) -> None:
+    """Raise RecipeError for an adapter's target that the language model lacks."""
+    names = [name.split(".") for name in anatomy.parts["ar"].shapes if ".layers." in name]
+    known = dict.fromkeys(name[-2] for name in names if name[-2].endswith("_proj"))
+    for target in lora.targets if lora else ():
+        if target not in known:
+            close = nearest(target, known)
+            fix = f"did you mean `{close}`?" if close else f"known: {', '.join(known)}."
+            raise RecipeError(
+                f"policy.lora.targets: the model's layers have no linear map `{target}`.\n"
+                f"    Fix: {fix}"
+            )
+
+
+def check_context(context: int, taken: int) -> None:
+    """Raise RecipeError unless a sequence has room beside what template and pictures take."""
+    if taken >= context:
+        raise RecipeError(
+            f"data.context is {context}, but template and image tokens take {taken} already.\n"
+            "    Fix: raise data.context."
+        )
 
 
 def check_replay(recipe: GrpoRecipe) -> None:

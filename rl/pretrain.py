@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from common.errors import DataError, Interrupted, RecipeError, RunError
+from common.errors import DataError, Interrupted, RunError
 from common.progress import Progress
 from data.scene_edits import SceneEdits
 from data.scenes import TASKS
@@ -32,6 +32,7 @@ from rl.devices import use_one_gpu
 from rl.ema import EmaCallback
 from rl.joint_loss import PARTS, JointLoss
 from rl.optimizers import MuonAdamW
+from rl.preflight import check_context
 from rl.shard_index import LARGEST_BAD_SHARE, shard_index
 from rl.start_policy import WEIGHTS_FILE, load_trained, prepare_policy
 from rl.zero import WholeHead, zero_config
@@ -314,11 +315,7 @@ def _context(recipe: PretrainRecipe, policy: Policy) -> int:
     tokens = policy.config.num_tokens
     codes = torch.zeros(1, recipe.data.references, tokens, dtype=torch.int64)
     [empty] = policy.prompt_ids([""], codes if recipe.data.references else None)
-    if len(empty) + tokens >= context:
-        raise RecipeError(
-            f"data.context is {context}, but template and image tokens take "
-            f"{len(empty) + tokens} already.\n    Fix: raise data.context."
-        )
+    check_context(context, len(empty) + tokens)
     return context
 
 

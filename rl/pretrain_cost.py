@@ -44,19 +44,21 @@ def as_trained(recipe: PretrainRecipe, anatomy: Anatomy) -> Anatomy:
 
 
 def trained_values(recipe: PretrainRecipe, anatomy: Anatomy) -> dict[str, int]:
-    """Return trained part -> number of values that learn."""
+    """Return trained part -> number of values that learn; each counts once, in the first part."""
     counts: dict[str, int] = {}
+    seen: set[tuple[str, str]] = set()
     for name in recipe.trainable:
-        part = anatomy.parts.get(name.partition(".")[0])
+        module = name.partition(".")[0]
+        part = anatomy.parts.get(module)
         if part is None:
             raise RecipeError(
                 f"trainable: the policy has no {name}.\n"
                 "    Fix: remove it, or add cross_attention to policy.routes."
             )
         begins = FINE_PARTS.get(name, ("",))
-        counts[name] = sum(
-            math.prod(shape) for key, shape in part.shapes.items() if key.startswith(begins)
-        )
+        keys = {(module, key) for key in part.shapes if key.startswith(begins)} - seen
+        seen |= keys
+        counts[name] = sum(math.prod(part.shapes[key]) for _, key in keys)
         if name == "ar" and recipe.policy.lora:
             counts[name] = adapter_parameters(part, recipe.policy.lora)
     return counts
@@ -127,9 +129,16 @@ def _length(recipe: PretrainRecipe, anatomy: Anatomy) -> int:
 
 
 def pictures_per_pass(recipe: PretrainRecipe, gpus: int) -> int:
-    """Pictures of one forward pass on one GPU."""
-    share = max(1, recipe.train.batch_size // gpus)
-    return min(recipe.train.micro_batch or share, share)
+    """Return the pictures of a forward pass on one GPU: `train.micro_batch`, or the most below it
+    that divides a GPU's share of `batch_that_divides`."""
+    share = batch_that_divides(recipe, gpus) // gpus
+    most = min(recipe.train.micro_batch or share, share)
+    return next(size for size in range(most, 0, -1) if share % size == 0)
+
+
+def batch_that_divides(recipe: PretrainRecipe, gpus: int) -> int:
+    """Return `train.batch_size`, or the next larger one that so many GPUs can share."""
+    return -(-recipe.train.batch_size // gpus) * gpus
 
 
 # --- memory --------------------------------------------------------------------------------------
@@ -219,8 +228,11 @@ def change_that_fits(
 
 
 def checkpoint_bytes(recipe: PretrainRecipe, anatomy: Anatomy, stage: int) -> int:
-    """Return the bytes of a checkpoint: trained weights, optimizer states, moving average."""
+    """Return the bytes of a checkpoint: trained weights, optimizer states, moving average.
+
+    DeepSpeed writes all weights but the codecs' beside them, the frozen ones too.
+    """
     resident = pretrain_memory(recipe, anatomy, Sharding(1, stage)).resident
     # Gradients are as wide as the weights that are written.
-    keys = ("gradients", "optimizer states", "moving average")
+    keys = ["gradients", "optimizer states", "moving average", *(["weights"] if stage else [])]
     return sum(resident.get(key, 0) for key in keys)

@@ -34,7 +34,7 @@ from rl.decode_check import DecodeCheck, decode_of_journal
 from rl.devices import note_devices, training_device, use_one_gpu
 from rl.grpo import ImageGRPOTrainer, Sync
 from rl.lora import lora_config
-from rl.preflight import check_replay, check_trackers, check_whole_batch
+from rl.preflight import check_launch, check_replay, check_trackers, check_whole_batch
 from rl.provenance import with_stage
 from rl.rollouts import Sampler
 from rl.saved_rollouts import check_saved_by, refuse_used
@@ -88,6 +88,7 @@ def _run(
     if not main:
         progress = SilentProgress()
     check_trackers(recipe)
+    check_launch(recipe.train.deepspeed)
     check_replay(recipe)
     check_processes(recipe, process_count())
     with quiet_libraries(), ExitStack() as parts:

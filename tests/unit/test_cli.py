@@ -8,10 +8,12 @@ import types
 from pathlib import Path
 
 import pytest
+from picture_folder import write_scenes
 from PIL import Image
 
 from cli.main import main
 from common.errors import Interrupted, RunError
+from data.packing import pack
 from recipes import load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -205,12 +207,37 @@ def test_check_finds_what_a_run_would_stop_at(capsys, override, told):
         ("policy.path=/nowhere", "/nowhere is not a policy folder"),
         ("trainable=[reference_connector]", "the policy has no reference_connector"),
         ("data.source=/nowhere/{0..3}.tar", "/nowhere/0.tar: no such shard (4 of 4"),
+        ("data.context=40", "data.context is 40"),
+        ("policy.lora={targets: [nix]}", "no linear map `nix`"),
     ],
 )
 def test_check_finds_what_pretraining_would_stop_at(capsys, override, told):
     assert main(["check", "tiny/pretrain"]) == 0
     assert main(["check", "tiny/pretrain", override]) in (1, 2)
     assert told in capsys.readouterr().err
+
+
+def test_check_reads_the_first_shard_s_headers(tmp_path, capsys):
+    pack(write_scenes(tmp_path / "scenes", 2), tmp_path / "shards")
+    source = f"data.source={tmp_path / 'shards'}"
+    assert main(["check", "tiny/pretrain", source]) == 0
+    assert main(["check", "tiny/edit", source]) == 1
+    assert "no reference" in capsys.readouterr().err
+
+
+def test_plan_of_pretraining_names_an_unknown_target(capsys):
+    assert main(["plan", "tiny/pretrain", "policy.path=base", "policy.lora={targets: [nix]}"]) == 2
+    assert "no linear map `nix`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("recipe", [["tiny/pretrain"], ["geneval-scenes"]])
+def test_deepspeed_without_a_launcher_is_refused_before_anything_is_loaded(
+    recipe, tmp_path, capsys
+):
+    overrides = ["train.deepspeed=zero1", "policy.path=/nowhere", "--out", str(tmp_path / "run")]
+    assert main(["train", *recipe, *overrides]) == 1
+    assert "torchrun --nproc_per_node 1" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_check_as_json(capsys):

@@ -127,6 +127,27 @@ def test_weights_of_an_image_tokenizer_that_are_no_tensors_are_refused(published
     assert "model.sd" in refusal(published)
 
 
+@pytest.mark.parametrize("change", ["missing", "wrongly shaped", "unknown"])
+def test_a_damaged_tensor_of_an_image_tokenizer_that_only_its_file_holds_is_named(
+    change, published
+):
+    weights = published / "checkpoint" / "model.safetensors"
+    kept = {n: t for n, t in load_file(weights).items() if "vision_tower" not in n}
+    save_file(kept, weights, {"format": "pt"})
+    file = published / "ta_tok.pth"
+    stored = torch.load(file, weights_only=True)
+    name = "bottleneck.in_linear.bias"
+    tensor = stored["model"]["sd"].pop(name)
+    if change == "wrongly shaped":
+        stored["model"]["sd"][name] = tensor[:-1]
+    elif change == "unknown":
+        stored["model"]["sd"] |= {name: tensor, (name := "encoder.x"): tensor.clone()}
+    torch.save(stored, file)
+    told = refusal(published)
+    assert str(file) in told
+    assert name in told
+
+
 @pytest.mark.parametrize("kind", [torch.int64, torch.float8_e4m3fn])
 def test_a_tensor_of_another_type_is_named(kind, published):
     file = published / "checkpoint" / "model.safetensors"

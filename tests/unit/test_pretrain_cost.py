@@ -2,6 +2,8 @@
 that a run really trains."""
 
 import json
+import math
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -20,7 +22,14 @@ from rl import flops, memory
 from rl.corpus import BatchEncoder, Collator
 from rl.joint_loss import JointLoss
 from rl.memory import Sharding
-from rl.pretrain_cost import _kept, as_trained, pretrain_flops, pretrain_memory, trained_values
+from rl.pretrain_cost import (
+    _kept,
+    as_trained,
+    checkpoint_bytes,
+    pretrain_flops,
+    pretrain_memory,
+    trained_values,
+)
 from rl.start_policy import prepare_policy
 
 PICTURES = 2
@@ -250,7 +259,59 @@ def test_the_large_recipes_have_a_whole_plan(name, monkeypatch, tmp_path, capsys
     table, files = text.split("\nfiles\n")
     assert all(len(line) <= 80 for line in table.splitlines())
     assert ("32 GPUs need train.micro_batch=3" in table) == (name == "edit")
-    assert "about 26." in files
+    assert "about 33." in files
+
+
+def test_a_part_within_a_trained_part_counts_once(base):
+    def trained(parts: str) -> int:
+        recipe = recipe_of("tiny/pretrain", "policy.path=base", f"trainable=[{parts}]")
+        return sum(trained_values(recipe, base).values())
+
+    assert trained("ar, diffusion, diffusion.caption") == trained("ar, diffusion")
+    assert trained("diffusion.caption, diffusion") == trained("diffusion")
+
+
+def test_a_tied_head_that_is_stored_counts_once(base, tmp_path):
+    policy = tmp_path / "policy"
+    shutil.copytree(base_path(), policy)
+    config = policy / "ar" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"tie_word_embeddings": True}))
+    shapes = base.parts["ar"].shapes
+    embedding = math.prod(shapes["model.embed_tokens.weight"])
+    assert "lm_head.weight" in shapes
+    assert read_anatomy(policy).parts["ar"].parameters == base.parts["ar"].parameters - embedding
+
+
+@pytest.mark.parametrize(
+    ("changes", "needs"),
+    [
+        (["train.batch_size=8"], [[], [], ["train.batch_size=32"]]),
+        (["train.batch_size=48"], [[], [], ["train.batch_size=64"]]),
+        (["train.batch_size=64", "train.micro_batch=32"],
+         [[], ["train.micro_batch=8"], ["train.micro_batch=2"]]),
+        (["train.batch_size=96", "train.micro_batch=2"], [[], [], ["train.micro_batch=1"]]),
+    ],
+)  # fmt: skip
+def test_what_so_many_gpus_need_is_said(changes, needs, capsys):
+    recipe = ["tiny/pretrain", "policy.path=base", "policy.device=cuda", *changes]
+    assert main(["plan", *recipe, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["memory"]
+    assert [row["needs"] for row in rows] == needs
+    for row in rows:
+        overrides = [*recipe[1:], *row["needs"]]
+        train = load_recipe("tiny/pretrain", overrides).recipe.train
+        micro = train.micro_batch or train.batch_size // row["gpus"]
+        assert micro == row["micro_batch"]
+        assert train.batch_size % (row["gpus"] * micro) == 0
+
+
+def test_with_zero_a_checkpoint_has_the_frozen_weights_too(base):
+    """Two float32 moments and float32 weights, the trained weights twice, the frozen ones once."""
+    recipe = recipe_of("tiny/pretrain", "policy.path=base")
+    learns = sum(trained_values(recipe, base).values())
+    joint = sum(base.parameters[part] for part in ("ar", "connector", "diffusion"))
+    assert checkpoint_bytes(recipe, base, 0) == 4 * 3 * learns
+    assert checkpoint_bytes(recipe, base, 1) == 4 * (4 * learns + joint)
 
 
 def test_a_part_that_the_policy_lacks_is_named(capsys):

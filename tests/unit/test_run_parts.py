@@ -4,6 +4,7 @@ import json
 import logging
 import signal
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -411,3 +412,17 @@ def test_why_pictures_have_no_score_is_counted():
     }
     callback.trainer = SimpleNamespace(all_scores=[Scored(1.0, {"c": 1.0})])
     assert callback._missing() == {}
+
+
+def test_a_small_learning_rate_is_shown(tmp_path):
+    shown = []
+
+    class Shown(SilentProgress):
+        def advance(self, task, n=1, **facts):
+            shown.append(facts)
+
+    recipe = load_recipe("tiny/pretrain").recipe
+    with rl.build.RunLog(recipe, tmp_path, Shown(), nullcontext()) as log:
+        log.begin()
+        log.row(1, {"loss": 0.5, "learning_rate": 5e-6})
+    assert shown == [{"loss": "0.5000", "learning_rate": "5.000e-06"}]
