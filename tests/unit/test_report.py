@@ -169,6 +169,14 @@ def test_hours_of_each_device_that_a_run_was_on(tmp_path: Path) -> None:
     assert "The steps took 1.5 GPU-hours on H100." in (page.parent / "report.md").read_text()
 
 
+def test_hours_are_not_told_of_the_later_steps_alone(tmp_path: Path) -> None:
+    gpu = {"event": "devices", "kind": "GPU", "device": "H100", "count": 1, "step": 1}
+    step = {"reward": 0.5, "seconds": {"update": 1800.0}}
+    rows = [{"step": 1, **step}, gpu, {"step": 2, **step}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert load_training(tmp_path).device_hours == []
+
+
 def test_one_result_alone(tmp_path: Path) -> None:
     page = build_report([results(tmp_path / "a")], tmp_path / "out").read_text()
     assert "Improved" not in page
