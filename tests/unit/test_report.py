@@ -183,6 +183,20 @@ def test_one_result_alone(tmp_path: Path) -> None:
     assert "Failed" in page
 
 
+def test_markdown_of_a_suite_of_one_task_shows_it_once(tmp_path: Path) -> None:
+    suite = toy_suite(36)
+    lone = tuple(r for r in suite.records if r["metadata"]["tag"] == "counting")
+    for name, error in (("a", 0.0), ("b", 0.5)):
+        policy = StandInPolicy(lone, error)
+        evaluate(policy, replace(suite, records=lone), tmp_path / name, seeds=1, weights=name)
+    page = build_report([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
+    text = page.with_suffix(".md").read_text()
+    assert "| overall |" in text
+    assert "ounting |" not in text
+    assert "limit all" in text
+    assert "limit None" not in text
+
+
 def test_every_result_says_whether_it_is_comparable_and_what_is_published(tmp_path: Path) -> None:
     suite = replace(toy_suite(4), not_comparable=None, published=lambda rows: {"As a paper": 12.25})
     for name, limit, judged in (
