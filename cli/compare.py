@@ -100,7 +100,7 @@ def _numbers(entry: dict[str, Any]) -> str:
     p_value = entry["p_adjusted"]
     p_text = "<0.001" if p_value < 0.001 else f"{p_value:.3f}"
     if entry["low"] is None:
-        interval, finds = "too few prompts", "-"
+        interval, finds = "no interval", "-"
     else:
         interval = f"[{entry['low']:+.3f}, {entry['high']:+.3f}]"
         finds = f"{entry['minimum_detectable']:.3f}"

@@ -137,7 +137,7 @@ def summary(results: dict[str, Any]) -> list[str]:
         interval = (
             f"[{estimate['low']:.3f}, {estimate['high']:.3f}]"
             if estimate["low"] is not None
-            else "no interval: too few independent prompts"
+            else "no interval: too few prompts, or equal amounts"
         )
         lines.append(f"  {task:<{width}}  {estimate['mean']:.3f}  {interval}")
     if unscored := results["unscored"][headline]:

@@ -2,8 +2,8 @@
 
 A few clusters show too little spread. Three things make up for it: the percentile interval is
 widened to the t quantile, whose degrees of freedom are Satterthwaite's where strata of unequal
-size and spread are averaged; values that no cluster showed get a small weight (`Unseen`); and
-fewer than `MIN_CLUSTERS` clusters get no interval.
+size and spread are averaged; it is joined with one in which values that no cluster showed have a
+small weight (`Unseen`); and fewer than `MIN_CLUSTERS` clusters get no interval.
 
 Sources: Efron and Tibshirani, An Introduction to the Bootstrap (1993); Hesterberg, What Teachers
 Should Know About the Bootstrap (2015), section 4 (the expanded percentile interval); Satterthwaite,
@@ -77,8 +77,9 @@ class Stratum:
 class Unseen:
     """What clusters that were not drawn might show: means at the ends of the range [low, high].
 
-    That is the range of a rate, 0 to 1. Of scores and counts it is what the clusters of any stratum
-    show: a task without extra objects may have as many as the worst prompt of another task.
+    That is the range of a rate, 0 to 1, and of the scores of a single stratum that lie in it. Of
+    other scores and counts it is what the clusters of any stratum show: a task without extra
+    objects may have as many as the worst prompt of another task.
     `agreeing` clusters of that kind are added to a stratum whose clusters all agree, and `weight`
     to any other, as a Beta(weight, K + 1 - weight) share; the nearer end is the rarer.
     """
@@ -158,16 +159,20 @@ def bootstrap_interval(
     if unseen and len(groups) == 1 and groups[0].agrees:
         return Interval(*unseen.exact_bounds(groups[0], confidence), error, spread, freedom)
     generator = np.random.default_rng(seed)
-    means = np.zeros(resamples)
+    shown, mixed = np.zeros((2, resamples))
     for group in groups:
         own = group.resampled_means(generator, resamples)
-        means += (unseen.mixed_into(own, group, generator) if unseen else own) / len(groups)
+        shown += own / len(groups)
+        mixed += (unseen.mixed_into(own, group, generator) if unseen else own) / len(groups)
     # The plain percentile interval is too narrow by (K - 1) / K of each stratum's variance and by
     # t against normal.
     expanded = (sum(variances) / sum(resampled)) ** 0.5 * stats.t.ppf((1 - confidence) / 2, freedom)
     tail = float(stats.norm.cdf(expanded))
-    low, high = np.quantile(means, [tail, 1 - tail])
-    return Interval(float(low), float(high), error, spread, freedom)
+    # Near an end of the range the unseen pull every resample one way, past the mean itself: what
+    # the clusters show stays in the interval.
+    mean = np.mean([group.mean for group in groups])
+    ends = np.append(np.quantile([shown, mixed], [tail, 1 - tail], axis=1), mean)
+    return Interval(float(ends.min()), float(ends.max()), error, spread, freedom)
 
 
 def satterthwaite(variances: Sequence[float], freedoms: Sequence[float]) -> float:
@@ -179,10 +184,13 @@ def satterthwaite(variances: Sequence[float], freedoms: Sequence[float]) -> floa
     return sum(variances) ** 2 / parts
 
 
-def value_range(values: Floats) -> tuple[float, float] | None:
-    """Return the range that values may take: [0, 1] where they lie in it, else the one seen."""
+def value_range(values: Floats, amounts: bool) -> tuple[float, float] | None:
+    """Return the range that values may take: [0, 1] where they lie in it, else the one seen.
+
+    None where all are alike, outside [0, 1] or, if they are `amounts`, anywhere.
+    """
     low, high = float(values.min()), float(values.max())
-    if low >= 0 and high <= 1:
+    if low >= 0 and high <= 1 and not (amounts and low == high):
         return 0.0, 1.0
     return (low, high) if high > low else None
 

@@ -59,7 +59,7 @@ class Difference(Estimate):
     """A paired difference of means, with its sign-flip p-value and what it could have detected.
 
     `minimum_detectable` is the true difference that this number of clusters finds with probability
-    0.8 at the 5 % level; None where no standard error exists.
+    0.8 at the 5 % level, 1 at most for values in [0, 1]; None where no standard error exists.
     """
 
     p_value: float
@@ -81,7 +81,8 @@ def mean_interval(
     `clusters` [n] names the prompt of each value. With `strata` [n] (the task of each value) the
     mean is the unweighted mean of the stratum means, and clusters are resampled within a stratum.
     Values that all agree in a single stratum get the exact bound with the clusters as trials.
-    Values of 0 and 1 alone are taken for a rate, unless `amounts` says that others may come up.
+    Values of 0 and 1 alone are taken for a rate, unless `amounts` says that others may come up;
+    amounts that are all alike, at 0 too, have no interval.
     Raises ValueError for no values, non-finite values or unequal lengths.
     """
     array = _finite(values)
@@ -91,8 +92,11 @@ def mean_interval(
     alone, unseen = ALONE if len(groups) == 1 else 0.0, None
     if is_rate(array) and not amounts:
         unseen = Unseen(0.0, 1.0, AGREEING_RATE, alone)
-    elif span := cluster_range(groups) or value_range(array):
-        unseen = Unseen(*span, AGREEING_SCORE, alone)
+    else:
+        span = value_range(array, amounts)
+        if len(groups) > 1 or span != (0.0, 1.0):  # a single task near 1 may hide prompts near 0
+            span = cluster_range(groups) or span
+        unseen = Unseen(*span, AGREEING_SCORE, alone) if span else None
     found = bootstrap_interval(groups, unseen, confidence, resamples, seed)
     if found is None:
         return Estimate(mean, None, None, None, total, array.size)
@@ -130,7 +134,7 @@ def paired_difference(
     elif changes := cluster_range(groups):
         reach = max(-changes[0], changes[1])  # either policy may be the better one elsewhere
         unseen = Unseen(-reach, reach, AGREEING_SCORE)
-    elif span := value_range(both):
+    elif span := value_range(both, amounts):
         unseen = Unseen(span[0] - span[1], span[1] - span[0], AGREEING_SCORE)
     found = bootstrap_interval(groups, unseen, confidence, resamples, seed)
     if found is None:
@@ -138,6 +142,8 @@ def paired_difference(
     detectable = minimum_detectable_effect(found.spread, found.freedom, alpha=1 - confidence)
     if len(groups) == 1 and groups[0].agrees:
         detectable = max(mean - found.low, found.high - mean)
+    if not amounts and both.min() >= 0 and both.max() <= 1:
+        detectable = min(detectable, 1.0)
     return Difference(
         mean, found.low, found.high, found.error, total, change.size, p_value, detectable
     )

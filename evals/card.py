@@ -163,7 +163,7 @@ def _spread(estimate: Mapping[str, Any]) -> dict[str, list[float]]:
 
 def _range(estimate: Mapping[str, Any] | None, metric: Metric) -> str:
     if estimate is None or estimate["low"] is None:
-        return "too few prompts"
+        return "no interval"
     return f"{format_value(estimate['low'], metric)} to {format_value(estimate['high'], metric)}"
 
 

@@ -163,7 +163,7 @@ def verdict(
     """
     detectable = difference.minimum_detectable
     if difference.low is None or difference.high is None or detectable is None:
-        return "not shown", "Too few independent prompts for an interval: nothing can be shown."
+        return "not shown", "No interval (too few prompts, or equal amounts): nothing can be shown."
     could = f"A true difference of {detectable:.3f} would be told from 0 four times in five."
     if difference.low <= 0 <= difference.high:
         return "not shown", f"No difference shown: the interval includes 0. {could}"

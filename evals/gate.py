@@ -65,7 +65,7 @@ def apply_gate(gate: Gate, comparison: Mapping[str, Any]) -> Outcome:
     """
     suite = comparison["suite"]
     if not gate.target.startswith(f"{suite}."):
-        wanted = gate.target.rpartition(".")[2]
+        wanted = gate.target.partition(".")[2]
         raise UsageError(
             f"`{gate.text}`: the results are of suite {suite}.\n    Fix: write {suite}.{wanted}."
         )
@@ -86,7 +86,8 @@ def apply_gate(gate: Gate, comparison: Mapping[str, Any]) -> Outcome:
     name = f"{suite}.{entry_name}.{part}"
     value = entry[part]
     if value is None:
-        return Outcome(gate.text, None, True, f"{name} is not known: too few independent prompts")
+        reason = f"{name} is not known: too few independent prompts, or equal amounts"
+        return Outcome(gate.text, None, True, reason)
     failed = _OPERATORS[gate.relation](value, gate.threshold)
     relation = gate.relation if failed else f"not {gate.relation}"
     return Outcome(

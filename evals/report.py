@@ -199,9 +199,9 @@ def format_points(size: float, metric: Metric) -> str:
 
 
 def format_interval(entry: Mapping[str, Any], metric: Metric) -> str:
-    """Return "[low, high]" in the unit of `format_signed`, or why there is none."""
+    """Return "[low, high]" in the unit of `format_signed`, or that there is none."""
     if entry["low"] is None:
-        return "too few prompts"
+        return "no interval"
     return f"[{format_signed(entry['low'], metric)}, {format_signed(entry['high'], metric)}]"
 
 

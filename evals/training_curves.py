@@ -62,7 +62,10 @@ class Training:
     seconds: float
     """Seconds of all steps together, held-out evaluations and waiting left out."""
     device_hours: list[tuple[str, float]]
-    """ "GPU-hours on NAME" or "CPU-hours on NAME" (hours of a process), and how many of them."""
+    """ "GPU-hours on NAME" or "CPU-hours on NAME" (hours of a process), and how many of them.
+
+    Empty where a step was made before the run wrote its devices.
+    """
     recipe: str | None
 
 
@@ -112,7 +115,9 @@ def _device_hours(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, float]]:
     for row in rows:
         if row.get("event") == "devices":
             device, count = f"{row['kind']}-hours on {row['device']}", float(row["count"])
-        elif device and "event" not in row and row.get("seconds"):
+        elif "event" not in row and row.get("seconds"):
+            if not device:
+                return []  # a sum without the first steps would pass for that of the run
             hours[device] = hours.get(device, 0.0) + count * step_seconds(row) / 3600
     return list(hours.items())
 

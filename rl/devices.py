@@ -48,16 +48,22 @@ def use_one_gpu(arguments: TrainingArguments, progress: Progress) -> None:
 def note_devices(journal: Journal, recipe: GrpoRecipe, device: torch.device, step: int) -> None:
     """Write which devices a run computes on from `step` on, where the journal does not say so yet.
 
-    `count` is of GPUs, those of rollout workers among them, or of CPU processes.
+    `count` is of GPUs, those of all workers among them; of processes, workers among them, if none
+    has a GPU. The GPUs of workers are taken to be of the trainer's kind.
     """
-    rollout, ray = recipe.rollout, recipe.rollout.ray
+    stages = (recipe.rollout, recipe.decode, recipe.rewards)
     on_gpu = device.type == "cuda"
-    each = ray.gpus_per_worker if on_gpu else 1
+    gpus = sum(stage.workers * stage.ray.gpus_per_worker for stage in stages)
+    if on_gpu:
+        gpus += process_count()
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = "the workers' machines" if gpus else processor()
     row = {
         "event": "devices",
-        "kind": "GPU" if on_gpu else "CPU",
-        "device": torch.cuda.get_device_name(device) if on_gpu else processor(),
-        "count": process_count() + rollout.workers * each,
+        "kind": "GPU" if gpus else "CPU",
+        "device": name,
+        "count": gpus or process_count() + sum(stage.workers for stage in stages),
     }
     told = [old for old in read_journal(journal.path) if old.get("event") == "devices"]
     if not told or {**told[-1], "step": step} != {**row, "step": step}:

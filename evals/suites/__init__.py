@@ -143,7 +143,7 @@ def suite_summary(name: str) -> str:
     if name in _BUILT_IN:
         _, what, leaderboard = _BUILT_IN[name]
         return f"{what}; leaderboard: {leaderboard}"
-    return (inspect.getdoc(_suites.get(name)) or "").split("\n")[0]
+    return (inspect.getdoc(_suites.get(name)) or "its builder has no docstring").split("\n")[0]
 
 
 def load_suite(

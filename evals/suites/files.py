@@ -88,6 +88,7 @@ def read_prompts(file: Path) -> tuple[Record, ...]:
         {
             "prompt": text,
             "prompt_id": f"{file.stem}-{number:05d}" if name is None else name,
+            "cluster": text,  # the same prompt twice is one fact
             "metadata": {"tag": file.stem},
         }
         for number, (name, text) in enumerate(prompts)

@@ -114,6 +114,7 @@ def test_a_pushed_policy_is_the_same_policy(run: Path, tmp_path: Path, monkeypat
 
 def test_a_folder_takes_a_policy_as_a_hub_does(run: Path, tmp_path: Path, capsys) -> None:
     assert main(["card", str(run)]) == 0
+    (tmp_path / "hub").mkdir()
     (run / "policy" / "notes.txt").write_text("mine")
     for _ in range(2):  # the second replaces the first
         assert main(["push", str(run), "owner/name", "--endpoint", str(tmp_path / "hub")]) == 0
@@ -127,6 +128,37 @@ def test_a_folder_takes_a_policy_as_a_hub_does(run: Path, tmp_path: Path, capsys
     (tmp_path / "hub" / "owner" / "mine").mkdir()
     assert main(["push", str(run), "owner/mine", "--endpoint", str(tmp_path / "hub")]) == 1
     assert "holds something else" in capsys.readouterr().err
+
+
+def test_a_push_to_a_folder_loses_nothing(run: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    assert main(["card", str(run)]) == 0
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "hub").mkdir()
+    arguments = ["push", str(run), "owner/name", "--endpoint", "~/hub"]
+    assert main(arguments) == 0
+    copied = tmp_path / "hub" / "owner" / "name"
+    assert main(["push", str(copied), *arguments[2:]]) == 1
+    assert "is what is to be pushed" in capsys.readouterr().err
+    (copied / ".git").mkdir()
+    (copied / ".git" / "HEAD").write_text("ref")
+    assert main(arguments) == 1
+    assert "holds something else" in capsys.readouterr().err
+    assert (copied / ".git" / "HEAD").read_text() == "ref"
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "told"),
+    [("hub.example.com", "not a folder"), ("file:///tmp", "owner/name was not written")],
+)
+def test_an_endpoint_that_is_neither_server_nor_folder(
+    run: Path, tmp_path: Path, monkeypatch, capsys, endpoint: str, told: str
+) -> None:
+    assert main(["card", str(run)]) == 0
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_TOKEN", HubServer.TOKEN)
+    assert main(["push", str(run), "owner/name", "--endpoint", endpoint]) == 1
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / endpoint).exists()
 
 
 def test_a_refusal_is_one_message(run: Path, tmp_path: Path, monkeypatch, capsys) -> None:

@@ -80,3 +80,14 @@ def test_a_run_notes_its_devices_once_and_again_when_they_change(tmp_path: Path)
         (4, "CPU", 4),
     ]
     assert all(row["event"] == "devices" and row["device"] for row in rows)
+
+
+def test_gpus_of_all_workers_count_beside_a_trainer_on_the_cpu(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "metrics.jsonl")
+    settings = ["rollout.workers=3", "rollout.ray.gpus_per_worker=1"]
+    settings += ["decode.workers=2", "decode.ray.gpus_per_worker=0.5", "rewards.workers=4"]
+    settings += ["rewards.ray.gpus_per_worker=0.25"]
+    recipe = load_recipe("geneval-scenes", settings).recipe
+    note_devices(journal, recipe, torch.device("cpu"), 0)
+    [row] = read_journal(journal.path)
+    assert (row["kind"], row["count"]) == ("GPU", 3 + 1 + 1)

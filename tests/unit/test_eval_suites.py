@@ -13,7 +13,7 @@ from common.errors import AtelierError, DataError, RewardError, RunError, UsageE
 from data.scenes import Scene, render_scene
 from evals.compare import compare
 from evals.run import evaluate
-from evals.suites import Suite, list_suites, load_suite, register_suite, task_of
+from evals.suites import Suite, list_suites, load_suite, register_suite, suite_summary, task_of
 from evals.suites.geneval import TASK_SIZES, asked_for
 
 OFFICIAL = Path(__file__).parents[3] / "shared" / "geneval" / "evaluation_metadata.jsonl"
@@ -310,6 +310,7 @@ def test_a_plug_in_suite_is_known_by_its_code(tmp_path: Path) -> None:
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
     register_suite("my-suite-of-a-test")(module.build)
+    assert "no docstring" in suite_summary("my-suite-of-a-test")
     weights = tmp_path / "weights"
     weights.mkdir()
     (weights / "part").write_bytes(b"1")

@@ -55,6 +55,11 @@ def test_other_text_is_no_condition(text: str) -> None:
         parse_gate(text)
 
 
+def test_results_of_another_suite_are_told_with_the_whole_rest_of_the_condition() -> None:
+    with pytest.raises(UsageError, match=r"write toy\.overall\.high\."):
+        apply_gate(parse_gate("geneval.overall.high < 0"), COMPARISON | {"suite": "toy"})
+
+
 def entry(**numbers: float | None) -> dict:
     known = {"mean": -0.02, "low": -0.05, "high": 0.01, "p_adjusted": 0.2, "before": 0.5}
     return known | {"after": 0.48} | numbers

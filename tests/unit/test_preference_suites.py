@@ -58,6 +58,12 @@ def test_lists_of_prompts(tmp_path: Path, name: str, text: str, ids: list[str]) 
     assert {task_of(record) for record in records} == {name[0]}
 
 
+def test_a_prompt_that_stands_twice_in_a_list_is_one_fact(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a dog\ntwo cats\na dog\n")
+    first, other, again = (record["cluster"] for record in read_prompts(tmp_path / "a.txt"))
+    assert first == again != other
+
+
 @pytest.mark.parametrize(
     ("name", "text", "words"),
     [

@@ -169,10 +169,32 @@ def test_hours_of_each_device_that_a_run_was_on(tmp_path: Path) -> None:
     assert "The steps took 1.5 GPU-hours on H100." in (page.parent / "report.md").read_text()
 
 
+def test_hours_are_not_told_of_the_later_steps_alone(tmp_path: Path) -> None:
+    gpu = {"event": "devices", "kind": "GPU", "device": "H100", "count": 1, "step": 1}
+    step = {"reward": 0.5, "seconds": {"update": 1800.0}}
+    rows = [{"step": 1, **step}, gpu, {"step": 2, **step}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert load_training(tmp_path).device_hours == []
+
+
 def test_one_result_alone(tmp_path: Path) -> None:
     page = build_report([results(tmp_path / "a")], tmp_path / "out").read_text()
     assert "Improved" not in page
     assert "Failed" in page
+
+
+def test_markdown_of_a_suite_of_one_task_shows_it_once(tmp_path: Path) -> None:
+    suite = toy_suite(36)
+    lone = tuple(r for r in suite.records if r["metadata"]["tag"] == "counting")
+    for name, error in (("a", 0.0), ("b", 0.5)):
+        policy = StandInPolicy(lone, error)
+        evaluate(policy, replace(suite, records=lone), tmp_path / name, seeds=1, weights=name)
+    page = build_report([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
+    text = page.with_suffix(".md").read_text()
+    assert "| overall |" in text
+    assert "ounting |" not in text
+    assert "limit all" in text
+    assert "limit None" not in text
 
 
 def test_every_result_says_whether_it_is_comparable_and_what_is_published(tmp_path: Path) -> None:
