@@ -69,7 +69,8 @@ def check_room(placements: Sequence[Placement]) -> None:
             raise RunError(
                 f"the workers need {needed:g} {resource} ({told}), and the Ray cluster has "
                 f"{there:g} free.\n"
-                "    Fix: use fewer workers, or let each take less (`ray` in the same section)."
+                "    Fix: use fewer workers, or let each take less (`ray` in the same section); to "
+                "resume, in the run's own recipe.yaml."
             )
 
 
