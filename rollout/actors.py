@@ -207,7 +207,7 @@ class ActorPool:
             heapq.heappush(self._free, number)
 
     def _ask_idle(self) -> None:
-        """Let idle actors say that they are there before they get a piece: a machine may be lost."""
+        """Let idle actors say that they are there, before they are given what others lost."""
         for number in self._free:
             self._starting[self.handles[number].__ray_ready__.remote()] = number
         self._free.clear()

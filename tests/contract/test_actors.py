@@ -31,7 +31,6 @@ class Worker:
         for name in sorted(folder.glob("broken-*")):
             name.unlink()
             raise ValueError("no driver yet")
-
         self.folder = folder
 
     def work(self, piece: int) -> int:
@@ -83,7 +82,6 @@ def test_workers_that_died_idle_are_not_held_against_the_next_piece(pool):
     for handle in pool.handles[:2]:
         ray.kill(handle)
     assert pool.run("work", [(0,)]) == [0]
-    assert pool.handles[2] is not None
 
 
 def test_a_replacement_that_cannot_start_is_a_loss_and_the_rest_do_the_work(pool, tmp_path):
