@@ -100,9 +100,10 @@ class ActorPool:
         """End the actors."""
         import ray
 
-        for handle in self.handles:
+        handles, self.handles = self.handles, []  # first: a call in another thread stops by it
+        for handle in handles:
             ray.kill(handle)
-        self.handles, self._starting, self._free = [], {}, []
+        self._starting, self._free = {}, []
 
     # --- calls ------------------------------------------------------------------------------------
 
@@ -216,6 +217,8 @@ class ActorPool:
         """Start a new actor in a lost one's place, or give the place up; some must be left."""
         import ray
 
+        if not self.handles:  # closed meanwhile
+            raise error
         self._events.append(
             {
                 "event": "worker_replaced",

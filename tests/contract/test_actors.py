@@ -3,7 +3,9 @@
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ import ray
 from common.errors import RunError
 from rollout import actors
 from rollout.actors import ActorPool
-from rollout.cluster import Placement, ray_cluster
+from rollout.cluster import Placement, check_room, ray_cluster
 
 PLACE = Placement("rollout", 3, cpus=0.1, timeout_s=60)
 
@@ -38,6 +40,8 @@ class Worker:
         if once.exists() or (self.folder / f"always-{piece}").exists():
             once.unlink(missing_ok=True)
             os.kill(os.getpid(), signal.SIGKILL)
+        if piece == 99:
+            time.sleep(3600)
         if piece < 0:
             raise TwoArguments("below ", "zero")
         return piece
@@ -101,3 +105,32 @@ def test_an_error_that_cannot_be_unpickled_is_told_and_loses_no_worker(pool):
         pool.run("work", [(-1,)])
     assert pool.replaced == 0
     assert pool.run("work", [(4,)]) == [4]
+
+
+def test_a_pool_that_is_closed_gives_up_what_is_running(pool):
+    with ThreadPoolExecutor() as thread:
+        running = thread.submit(pool.run, "work", [(99,)])
+        time.sleep(1)
+        pool.close()
+        with pytest.raises(ray.exceptions.RayActorError):
+            running.result(timeout=20)
+    assert pool.handles == []
+    assert pool.replaced == 0
+
+
+@pytest.mark.parametrize("address", ["nonsense", "host:port", ":6379"])
+def test_what_is_no_address_is_refused_by_its_key(address):
+    ray.shutdown()
+    with (
+        pytest.raises(RunError, match=rf"rollout\.ray\.address[\s\S]*{address}[\s\S]*Fix"),
+        ray_cluster(address, [PLACE]),
+    ):
+        pass
+
+
+def test_workers_that_fit_exactly_have_room(monkeypatch):
+    """3 x 0.1 is 0.30000000000000004 in floating point."""
+    monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 0.3})
+    check_room([Placement("rollout", 3, cpus=0.1)])
+    with pytest.raises(RunError, match=r"0\.4 CPU"):
+        check_room([Placement("rollout", 4, cpus=0.1)])
