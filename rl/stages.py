@@ -82,13 +82,13 @@ def open_stages(
         )
         score = judges.score
         pools.append(judges.actors)
+    for pool in pools:
+        parts.callback(pool.close)
     engine = build_engine(recipe, policy, longest_prompt, places.get("rollout"), told)
     if isinstance(engine, RayPool):
         pools.append(engine.actors)
         if recipe.rollout.max_policy_lag:
             engine = AheadEngine(engine)
-    for pool in pools:
-        parts.callback(pool.close)
     parts.callback(engine.close)  # first of all: it may be drawing ahead
     for pool in pools:
         pool.await_ready()
