@@ -7,7 +7,7 @@ from pathlib import Path
 from common.errors import RunError
 from recipes import Recipe
 from recipes.schema_grpo import GrpoRecipe
-from rl.saved_rollouts import check_saved
+from rl.saved_rollouts import check_judges, check_saved
 
 _TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX")}
 """Packages of which one is needed, where the tracker is not called as its package."""
@@ -23,10 +23,16 @@ def check_trackers(recipe: Recipe) -> None:
             )
 
 
-def check_replay(recipe: GrpoRecipe) -> None:
+def check_replay(recipe: GrpoRecipe, processes: int) -> None:
     """Raise RunError unless the rollouts to replay, if any, are there and fit the recipe."""
     if recipe.rollout.replay:
-        check_saved(Path(recipe.rollout.replay), recipe)
+        check_saved(Path(recipe.rollout.replay), recipe, processes)
+
+
+def check_replayed_rewards(recipe: GrpoRecipe, rewards: Sequence[str]) -> None:
+    """Raise RunError unless rewards of these names judged the rollouts to replay, if any."""
+    if recipe.rollout.replay:
+        check_judges(Path(recipe.rollout.replay), rewards)
 
 
 def check_whole_batch(recipe: GrpoRecipe, whole_batch: Sequence[str], processes: int) -> None:
