@@ -36,7 +36,12 @@ def register(app: typer.Typer) -> None:
         from common.errors import RecipeError
         from common.processes import process_count
         from recipes import load_recipe
-        from rl.preflight import check_replay, check_trackers, check_whole_batch
+        from rl.preflight import (
+            check_replay,
+            check_replayed_rewards,
+            check_trackers,
+            check_whole_batch,
+        )
 
         if ".py:" in recipe:
             reward_trials.show(reward_trials.of_file(recipe, overrides or []), alone=True)
@@ -52,7 +57,7 @@ def register(app: typer.Typer) -> None:
             _print_tree(loaded)
         check_trackers(loaded.recipe)
         if loaded.recipe.kind == "grpo":
-            check_replay(loaded.recipe)
+            check_replay(loaded.recipe, process_count())
             refuse_missing_parts(loaded.recipe)
         elif loaded.recipe.kind == "pretrain":
             refuse_missing_data(loaded.recipe)
@@ -60,6 +65,8 @@ def register(app: typer.Typer) -> None:
         if loaded.recipe.kind == "grpo":
             whole = [trial.name for trial in trials if trial.whole_batch]
             check_whole_batch(loaded.recipe, whole, process_count())
+            if rewards:
+                check_replayed_rewards(loaded.recipe, [trial.name for trial in trials])
         if as_json:
             _print_json(loaded, trials)
         else:

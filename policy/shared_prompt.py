@@ -14,7 +14,8 @@ def tail_states(decoder: Any, input_ids: Tensor, attention_mask: Tensor, tail: i
     tail share one pass over those, whose keys and values the tails then attend to. Attention looks
     back alone, so that this is the same function, and its gradient, as of whole sequences: what is
     spared is (1 - 1 / group size) of the prompts' share, which is small for a short prompt and half
-    of the pass where a reference picture stands in the prompt.
+    of the pass where a reference picture stands in the prompt. With dropout (`policy.lora.dropout`)
+    a group shares one mask over its prompt, where whole sequences would draw one each.
     """
     positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
     before = slice(0, input_ids.shape[1] - tail)

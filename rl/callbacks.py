@@ -96,7 +96,7 @@ class JournalCallback(TrainerCallback):
         if self.trainer.ahead is not None:
             intervals += self.trainer.ahead.intervals()
         intervals.sort(key=lambda interval: interval.start)
-        return self._workers() | {
+        return self._workers(max(interval.end for interval in intervals)) | {
             "seconds": {k: round(v, 4) for k, v in busy_seconds(intervals).items()},
             "stages": [
                 [stage, wave, round(start - self._started, 4), round(end - self._started, 4)]
@@ -104,14 +104,17 @@ class JournalCallback(TrainerCallback):
             ],
         }
 
-    def _workers(self) -> dict[str, Any]:
-        """When each worker was at work within the step: [worker, start, end]; nothing without."""
+    def _workers(self, last: float) -> dict[str, Any]:
+        """When each worker was at work, [worker, start, end], until the step's `last` stage ended.
+
+        Held-out evaluation comes later. Nothing without workers.
+        """
         busy = sorted(self._busy)
         del self._busy[: len(busy)]  # what is drawn ahead adds to it meanwhile
         rows = [
-            (name, max(0.0, start - self._started), min(end, self._ended) - self._started)
+            (name, max(0.0, start - self._started), min(end, last) - self._started)
             for name, _, start, end in busy
-            if start < self._ended and end > self._started  # held-out evaluation is outside
+            if start < last and end > self._started
         ]
         told = [[name, round(start, 4), round(end, 4)] for name, start, end in rows]
         return {"workers": told} if told else {}

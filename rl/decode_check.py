@@ -105,7 +105,8 @@ def decode_of_journal(rows: Sequence[dict[str, Any]], start: Decode) -> Decode:
     checks = [row for row in rows if row.get("event") == "decode_check"]
     if not checks:
         return start
-    low, high = checks[-1]["guidance_interval"]
+    # Journals of earlier versions have no interval, for a check could not change it.
+    low, high = checks[-1].get("guidance_interval", start.guidance_interval)
     return replace(
         start,
         steps=checks[-1]["steps"],

@@ -127,7 +127,7 @@ def _resident(recipe: GrpoRecipe, anatomy: Anatomy, sharding: Sharding, own: int
     }
     if recipe.algorithm.beta and lora is None:
         resident["KL reference"] = counts["ar"] * width
-    if recipe.rollout.engine == "vllm":
+    if recipe.rollout.engine == "vllm" and not recipe.rollout.workers:
         resident["vLLM's weights"] = counts["ar"] * width
         resident["vLLM's cache"] = int(recipe.rollout.vllm.cache_gib * 2**30)
     return resident
@@ -180,6 +180,8 @@ def sampler_rows(recipe: GrpoRecipe, images: int) -> int:
 
 def _sampling(recipe: GrpoRecipe, anatomy: Anatomy, images: int) -> int:
     width, ar = width_of(recipe), anatomy.parts["ar"]
+    if recipe.rollout.workers:
+        return 0  # they sample on GPUs of their own
     if recipe.rollout.engine == "vllm":
         # Its logits are of the whole vocabulary; the cache is resident.
         rows = min(images, vllm_pictures(recipe, anatomy))

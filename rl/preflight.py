@@ -11,7 +11,7 @@ from policy.anatomy import Anatomy
 from recipes import Recipe
 from recipes.schema_common import LoraSection
 from recipes.schema_grpo import GrpoRecipe
-from rl.saved_rollouts import check_saved
+from rl.saved_rollouts import check_judges, check_saved
 
 _TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX")}
 """Packages of which one is needed, where the tracker is not called as its package."""
@@ -59,10 +59,16 @@ def check_context(context: int, taken: int) -> None:
         )
 
 
-def check_replay(recipe: GrpoRecipe) -> None:
+def check_replay(recipe: GrpoRecipe, processes: int) -> None:
     """Raise RunError unless the rollouts to replay, if any, are there and fit the recipe."""
     if recipe.rollout.replay:
-        check_saved(Path(recipe.rollout.replay), recipe)
+        check_saved(Path(recipe.rollout.replay), recipe, processes)
+
+
+def check_replayed_rewards(recipe: GrpoRecipe, rewards: Sequence[str]) -> None:
+    """Raise RunError unless rewards of these names judged the rollouts to replay, if any."""
+    if recipe.rollout.replay:
+        check_judges(Path(recipe.rollout.replay), rewards)
 
 
 def check_whole_batch(recipe: GrpoRecipe, whole_batch: Sequence[str], processes: int) -> None:

@@ -34,10 +34,16 @@ from rl.decode_check import DecodeCheck, decode_of_journal
 from rl.devices import note_devices, training_device, use_one_gpu
 from rl.grpo import ImageGRPOTrainer, Sync
 from rl.lora import lora_config
-from rl.preflight import check_launch, check_replay, check_trackers, check_whole_batch
+from rl.preflight import (
+    check_launch,
+    check_replay,
+    check_replayed_rewards,
+    check_trackers,
+    check_whole_batch,
+)
 from rl.provenance import with_stage
 from rl.rollouts import Sampler
-from rl.saved_rollouts import check_saved_by, refuse_used
+from rl.saved_rollouts import refuse_used
 from rl.stages import Journaled, adapter_rank, build_rewards, open_stages, placements
 from rl.trl_release import GRPOConfig
 from rl.zero import zero_config
@@ -89,7 +95,7 @@ def _run(
         progress = SilentProgress()
     check_trackers(recipe)
     check_launch(recipe.train.deepspeed)
-    check_replay(recipe)
+    check_replay(recipe, process_count())
     check_processes(recipe, process_count())
     with quiet_libraries(), ExitStack() as parts:
         policy = load_policy(recipe)
@@ -106,8 +112,7 @@ def _run(
         )
         rewards = parts.enter_context(build_rewards(recipe))
         rewards.check_records(records)
-        if recipe.rollout.replay:
-            check_saved_by(Path(recipe.rollout.replay), process_count(), rewards.names)
+        check_replayed_rewards(recipe, rewards.names)
         check_whole_batch(recipe, rewards.whole_batch, process_count())
         suite = (
             load_suite(recipe.evals.suite, recipe.evals.limit).from_prompts_alone()

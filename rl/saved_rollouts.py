@@ -22,8 +22,11 @@ def refuse_used(folder: Path) -> None:
         )
 
 
-def check_saved(folder: Path, recipe: GrpoRecipe) -> None:
-    """Raise RunError unless `folder` has rollouts of all steps, sampled as the recipe says."""
+def check_saved(folder: Path, recipe: GrpoRecipe, processes: int) -> None:
+    """Raise RunError unless `folder` has rollouts of all steps, sampled as the recipe says.
+
+    They must come from as many training processes as there are now.
+    """
     steps, there = recipe.train.steps, 0
     while samples_file(folder, there, 0).is_file():
         there += 1
@@ -33,23 +36,28 @@ def check_saved(folder: Path, recipe: GrpoRecipe) -> None:
             f"{folder} holds the rollouts of {there} steps in a row, and the recipe has {steps}.\n"
             f"    Fix: {fix}."
         )
-    for key, value in _first(folder)["sampling"].items():
+    first = _first(folder)
+    if not first.keys() >= {"processes", "sampling"}:
+        raise RunError(
+            f"the rollouts of {folder} do not say how they were sampled: an earlier version saved "
+            "them.\n    Fix: save them anew."
+        )
+    for key, value in first["sampling"].items():
         if (ours := getattr(recipe.rollout, key)) != value:
             raise RunError(
                 f"rollout.{key} is {ours:g}, and the rollouts of {folder} were sampled with "
                 f"{value:g}.\n    Fix: rollout.{key}={value:g}"
             )
-
-
-def check_saved_by(folder: Path, processes: int, rewards: Sequence[str]) -> None:
-    """Raise RunError unless so many training processes saved the rollouts, with these rewards."""
-    first = _first(folder)
     if (saved := first["processes"]) != processes:
         raise RunError(
             f"the rollouts of {folder} were saved by {saved} training processes, and this run has "
             f"{processes}.\n    Fix: start {saved}."
         )
-    judges = first["samples"][0]["score"]["parts"]
+
+
+def check_judges(folder: Path, rewards: Sequence[str]) -> None:
+    """Raise RunError unless the rollouts were judged by the rewards of these names."""
+    judges = _first(folder)["samples"][0]["score"]["parts"]
     if judges.keys() != set(rewards):
         raise RunError(
             f"rewards.functions: the rollouts of {folder} were judged by {', '.join(judges)}, and "

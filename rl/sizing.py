@@ -52,7 +52,7 @@ def change_that_fits(
     if recipe.policy.dtype == "float32":
         changed = _changed(recipe, "policy", "dtype", "bfloat16")
         changes.append(("policy.dtype=bfloat16", changed))
-    if recipe.rollout.engine == "vllm":
+    if recipe.rollout.engine == "vllm" and not recipe.rollout.workers:
         changed = _changed(recipe, "rollout", "engine", "transformers")
         changes.append(("rollout.engine=transformers", changed))
     if recipe.policy.lora is None:

@@ -1,8 +1,9 @@
 """The stages of a rollout where the recipe wants them: in this process, or in workers on Ray."""
 
+import math
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from policy import Policy, policy_path
@@ -81,13 +82,13 @@ def open_stages(
         )
         score = judges.score
         pools.append(judges.actors)
+    for pool in pools:
+        parts.callback(pool.close)
     engine = build_engine(recipe, policy, longest_prompt, places.get("rollout"), told)
     if isinstance(engine, RayPool):
         pools.append(engine.actors)
         if recipe.rollout.max_policy_lag:
             engine = AheadEngine(engine)
-    for pool in pools:
-        parts.callback(pool.close)
     parts.callback(engine.close)  # first of all: it may be drawing ahead
     for pool in pools:
         pool.await_ready()
@@ -101,13 +102,22 @@ def placements(recipe: GrpoRecipe) -> dict[str, Placement]:
         "decode": (recipe.decode.workers, recipe.decode.ray),
         "rewards": (recipe.rewards.workers, recipe.rewards.ray),
     }
-    return {
+    places = {
         section: Placement(
             section, count, ray.cpus_per_worker, ray.gpus_per_worker, ray.resource, ray.timeout_s
         )
         for section, (count, ray) in sections.items()
         if count and not recipe.rollout.replay
     }
+    if rewards := places.get("rewards"):
+        # A reward that hangs is its runner's matter. In batches and singly it may use up its limit
+        # for every picture of a share, and for a few calls besides (`rewards.runner`).
+        images = recipe.rollout.prompts_per_step * recipe.rollout.group_size
+        calls = 16 + math.ceil(images / rewards.workers)
+        slowest = max(function.timeout_s for function in recipe.rewards.functions)
+        limit = rewards.timeout_s + calls * slowest
+        places["rewards"] = replace(rewards, timeout_s=limit)
+    return places
 
 
 def build_engine(

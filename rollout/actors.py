@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import heapq
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,7 +21,8 @@ from rollout.micro_batch import Events
 from rollout.timeline import Interval
 
 MAX_LOSSES = 3
-"""Actors lost within one call before the run stops: more is no accident."""
+"""A piece of work that loses more actors stops the run: that is no accident. An actor's place where
+so many could not start in a row is given up."""
 
 
 class ActorPool:
@@ -50,6 +51,8 @@ class ActorPool:
         self._busy = [] if busy is None else busy
         self.replaced = 0
         """Actors that were lost and replaced since the start."""
+        self._failed_starts: Counter[int] = Counter()  # in a row
+        self._given_up: set[int] = set()
         self._starting: dict[Any, int] = {}
         self._free: list[int] = []
         self.handles = [self._new(number) for number in range(placement.workers)]
@@ -62,7 +65,6 @@ class ActorPool:
         """
         import ray
 
-        losses: list[str] = []
         section, limit = self._placement.section, self._placement.timeout_s
         while self._starting:
             ready, _ = ray.wait(list(self._starting), timeout=limit)
@@ -72,14 +74,14 @@ class ActorPool:
                     f"within {limit:g} s.\n"
                     f"    Fix: raise {section}.ray.timeout_s, or see `ray status`."
                 )
-            self._join(ready[0], losses)
+            self._join(ready[0], first=True)
 
     def run(self, method: str, pieces: Sequence[tuple[Any, ...]]) -> list[Any]:
         """Call `method` with each piece and return the results in order.
 
         What a call raises is raised here, when no other call is running any more.
         """
-        results = self._call(method, pieces, [], again=True)
+        results = self._call(method, pieces, Counter(), again=True)
         return [results[index] for index in range(len(pieces))]
 
     def on_all(self, method: str, *arguments: Any) -> list[Any]:
@@ -87,7 +89,7 @@ class ActorPool:
 
         One that is lost meanwhile or joins later is left out.
         """
-        losses: list[str] = []
+        losses: Counter[int] = Counter()
         results: dict[int, Any] = {}
         while not results:
             everyone = [arguments] * max(1, len(self._free))
@@ -98,16 +100,20 @@ class ActorPool:
         """End the actors."""
         import ray
 
-        for handle in self.handles:
+        handles, self.handles = self.handles, []  # first: a call in another thread stops by it
+        for handle in handles:
             ray.kill(handle)
-        self.handles, self._starting, self._free = [], {}, []
+        self._starting, self._free = {}, []
 
     # --- calls ------------------------------------------------------------------------------------
 
     def _call(
-        self, method: str, pieces: Sequence[tuple[Any, ...]], losses: list[str], again: bool
+        self, method: str, pieces: Sequence[tuple[Any, ...]], losses: Counter[int], again: bool
     ) -> dict[int, Any]:
-        """Return the results by piece; those of lost actors are done again, or left out."""
+        """Return the results by piece; those of lost actors are done again, or left out.
+
+        `losses` counts the actors that each piece has lost.
+        """
         import ray
 
         results: dict[int, Any] = {}
@@ -122,7 +128,7 @@ class ActorPool:
             done = self._wait(running)
             for call in done or self._overdue(running):
                 if call in self._starting:
-                    self._join(call, losses)
+                    self._join(call)
                     continue
                 number, index, began = running.pop(call)
                 try:
@@ -135,8 +141,15 @@ class ActorPool:
                     # What one refuses, another would refuse as well.
                     refusal = error.cause
                     waiting.clear()
+                except ray.exceptions.UnserializableException as error:  # refused as well
+                    refusal = RunError(f"a {self._placement.section} worker failed: {error}")
+                    waiting.clear()
                 except ray.exceptions.RayError as error:  # dead, out of memory, lost, hung
-                    self._lose(number, method, error, losses)
+                    losses[index] += 1
+                    if losses[index] > MAX_LOSSES:
+                        raise self._too_many(number, method, error) from error
+                    self._lose(number, method, error)
+                    self._ask_idle()
                     if again and refusal is None:
                         waiting.appendleft(index)
                     continue
@@ -177,42 +190,58 @@ class ActorPool:
         self._starting[handle.__ray_ready__.remote()] = number
         return handle
 
-    def _join(self, ready: Any, losses: list[str]) -> None:
+    def _join(self, ready: Any, first: bool = False) -> None:
+        """Take in an actor that is ready, or start another; `first`: unless it cannot be made."""
         import ray
 
         number = self._starting.pop(ready)
         try:
             ray.get(ready)
         except ray.exceptions.RayError as error:
-            if getattr(error, "actor_init_failed", False):
+            if first and getattr(error, "actor_init_failed", False):
                 section = self._placement.section
                 raise RunError(f"a {section} worker cannot start: {error}") from None
-            self._lose(number, "start", error, losses)
+            self._failed_starts[number] += 1
+            self._lose(number, "start", error)
         else:
+            del self._failed_starts[number]
             heapq.heappush(self._free, number)
 
-    def _lose(self, number: int, during: str, error: Exception, losses: list[str]) -> None:
-        """Start a new actor in a lost one's place, or give up."""
+    def _ask_idle(self) -> None:
+        """Let idle actors say that they are there, before they are given what others lost."""
+        for number in self._free:
+            self._starting[self.handles[number].__ray_ready__.remote()] = number
+        self._free.clear()
+
+    def _lose(self, number: int, during: str, error: Exception) -> None:
+        """Start a new actor in a lost one's place, or give the place up; some must be left."""
         import ray
 
-        section = self._placement.section
-        losses.append(f"worker {number}: {error}")
-        if len(losses) > MAX_LOSSES:
-            raise RunError(
-                f"{len(losses)} {section} workers were lost within one `{during}`; the last, "
-                f"{losses[-1]}\n"
-                "    Fix: if memory ran out, give workers fewer images at a time (rollout.waves, "
-                "train.micro_batch) or more room; then `atelier resume` goes on."
-            ) from error
+        if not self.handles:  # closed meanwhile
+            raise error
         self._events.append(
             {
                 "event": "worker_replaced",
-                "section": section,
+                "section": self._placement.section,
                 "worker": number,
                 "during": during,
                 "reason": str(error).splitlines()[0],
             }
         )
         ray.kill(self.handles[number])
+        if self._failed_starts[number] > MAX_LOSSES:
+            self._events[-1]["event"] = "worker_given_up"
+            self._given_up.add(number)
+            if len(self._given_up) == len(self.handles):
+                raise self._too_many(number, during, error) from error
+            return
         self.replaced += 1
         self.handles[number] = self._new(number)
+
+    def _too_many(self, number: int, during: str, error: Exception) -> RunError:
+        return RunError(
+            f"more than {MAX_LOSSES} {self._placement.section} workers were lost in the same "
+            f"`{during}`; the last, worker {number}: {error}\n"
+            "    Fix: if memory ran out, give workers fewer images at a time (rollout.waves, "
+            "train.micro_batch) or more room; then `atelier resume` goes on."
+        )

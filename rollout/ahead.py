@@ -95,9 +95,10 @@ class AheadEngine:
         return self._engine.fingerprint()
 
     def close(self) -> None:
-        """See `Engine`."""
-        self._thread.shutdown(cancel_futures=True)
+        """See `Engine`. What is being drawn ends with the engine: nobody will ask for it."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
         self._engine.close()
+        self._thread.shutdown()
 
     def save(self, folder: Path) -> None:
         """Write what is drawn ahead: a resumed run cannot draw it again, its weights are gone."""

@@ -69,7 +69,8 @@ def check_room(placements: Sequence[Placement]) -> None:
             raise RunError(
                 f"the workers need {needed:g} {resource} ({told}), and the Ray cluster has "
                 f"{there:g} free.\n"
-                "    Fix: use fewer workers, or let each take less (`ray` in the same section)."
+                "    Fix: use fewer workers, or let each take less (`ray` in the same section); to "
+                "resume, in the run's own recipe.yaml."
             )
 
 
@@ -79,10 +80,11 @@ def _connect(address: str | None, placements: Sequence[Placement]) -> None:
     if address is not None:
         try:
             ray.init(address=address, log_to_driver=False, configure_logging=False)
-        except ConnectionError as error:
+        except (ConnectionError, ValueError) as error:  # the latter: it is no address
             raise RunError(
                 f"rollout.ray.address: no Ray cluster answers at {address} ({error}).\n"
-                "    Fix: start one with `ray start --head`, or set the key to null."
+                "    Fix: start one with `ray start --head` and write auto or HOST:PORT, or set "
+                "the key to null."
             ) from error
         return
     # Ray counts CPUs to place actors; a small machine must still hold all of them.
@@ -102,5 +104,6 @@ def _needed(placements: Sequence[Placement]) -> dict[str, float]:
     needed = {"CPU": 0.0, "GPU": 0.0}
     for placement in placements:
         for resource, each in placement.each.items():
-            needed[resource] = needed.get(resource, 0.0) + placement.workers * each
+            # Ray counts ten-thousandths; sums of floats such as 3 x 0.1 are off by less.
+            needed[resource] = round(needed.get(resource, 0.0) + placement.workers * each, 4)
     return needed

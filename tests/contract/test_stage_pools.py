@@ -119,7 +119,8 @@ def test_actors_render_every_bit_that_one_process_renders(decoders, policy_folde
     assert np.array_equal(found, alone(policy_folder, hidden, 3))
     assert len({picture.tobytes() for picture in found}) == COUNT
     used = {interval.stage for interval in decoders.actors._busy}
-    assert used and used <= {"decode 0", "decode 1"}  # whoever is free takes the next piece
+    assert used
+    assert used <= {"decode 0", "decode 1"}  # whoever is free takes the next piece
 
 
 def test_a_decode_actor_holds_no_language_model(decoders):

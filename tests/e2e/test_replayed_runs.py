@@ -1,12 +1,15 @@
 """Rollouts of one run, learnt from by another: the same updates, or a refusal that says why."""
 
+import json
 from pathlib import Path
 
 import pytest
 import test_grpo_run
 import torch
 from test_grpo_run import assert_clean, refused, steps, weights
+from tiny_policy import write_recipe
 
+from cli.main import main
 from common.journal import read_journal
 from policy.sampling import Sampling
 from rewards.runner import Scored
@@ -71,3 +74,23 @@ def test_rollouts_of_two_processes_are_not_replayed_by_one(train, tmp_path):
             save_rollout(tmp_path / "saved", rollout, ["x"], Sampling(), 0, process)
     result = train("train.steps=1", "--replay", str(tmp_path / "saved"))
     refused(result, 1, "saved by 2 training processes", "this run has 1", "start 2")
+
+
+def test_check_refuses_what_train_refuses(policy_folder, tmp_path, monkeypatch, capsys):
+    recipe = write_recipe(tmp_path, policy_folder)
+    tensor = torch.zeros(1, 36)
+    scored = Scored(0.5, {"another": 0.5}, counted={"another": 0.5})
+    rollout = Rollout([[1]], tensor, tensor.clone(), tensor.clone(), [], [scored], [])
+    save_rollout(tmp_path / "saved", rollout, ["x"], Sampling(), 0, 0)
+    check = ["check", str(recipe), "train.steps=1", f"rollout.replay={tmp_path / 'saved'}"]
+    assert main(check) == 1
+    assert "were judged by another" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(check) == 1
+    assert "saved by 1 training processes" in capsys.readouterr().err
+    file = tmp_path / "saved" / "step-000000-0" / "samples.json"
+    saved = json.loads(file.read_text())
+    del saved["sampling"]
+    file.write_text(json.dumps(saved))
+    assert main(check) == 1
+    assert "an earlier version saved them" in " ".join(capsys.readouterr().err.split())

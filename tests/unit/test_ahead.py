@@ -2,6 +2,8 @@
 
 from copy import deepcopy
 from dataclasses import replace
+from threading import Event
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from test_grpo_trainer import (
 )
 from test_rollouts import engine_of
 
-from common.errors import RecipeError
+from common.errors import RecipeError, RunError
 from common.progress import SilentProgress
 from evals.alarms import alarms
 from policy import Policy
@@ -27,6 +29,7 @@ from rl.callbacks import JournalCallback
 from rollout import Sampling
 from rollout.ahead import AheadEngine, Request
 from rollout.sync import ModelSide, push_weights
+from rollout.timeline import Interval, Timeline
 from rollout.weights import merged_tensors
 
 CAP = 2.0
@@ -139,6 +142,16 @@ def test_each_row_tells_its_lag_and_when_the_next_step_s_tokens_were_drawn(laggi
             assert row["seconds"]["ahead"] > 0
 
 
+def test_what_workers_draw_ahead_after_the_update_is_in_the_row():
+    shown = JournalCallback(None, SilentProgress(), [], [])
+    shown._busy += [Interval("rollout 0", 0, 1, 2), Interval("rollout 0", 0, 5, 8)]
+    shown._busy += [Interval("rollout 0", 0, 9, 10)]  # held-out evaluation
+    shown._started, shown._ended = 0.0, 4.0
+    ahead = SimpleNamespace(intervals=lambda: [Interval("ahead", 0, 3, 8)])
+    shown.trainer = SimpleNamespace(timeline=Timeline(), ahead=ahead)
+    assert shown._times()["workers"] == [["rollout 0", 1, 2], ["rollout 0", 5, 8]]
+
+
 # --- the engine ----------------------------------------------------------------------------------
 
 
@@ -193,6 +206,25 @@ def test_what_fails_ahead_is_raised_before_new_weights_are_loaded(policy, reques
     with pytest.raises(IndexError):
         engine.load_weights([], 1)
     engine.close()
+
+
+def test_closing_waits_for_no_draw(policy, requests):
+    class Slow(Watched):
+        def __init__(self, policy) -> None:
+            super().__init__(policy)
+            self.closed = Event()
+
+        def generate(self, *asked):
+            self.calls.append("ended" if self.closed.wait(10) else "waited")
+            raise RunError("closed")
+
+        def close(self):
+            self.closed.set()
+
+    engine = AheadEngine(slow := Slow(policy))
+    engine.draw_ahead(requests)
+    engine.close()
+    assert slow.calls == ["ended"]
 
 
 # --- the recipe and the alarms -------------------------------------------------------------------

@@ -59,6 +59,8 @@ def test_a_run_goes_on_with_the_decoding_it_had_reached():
     ]
     reached = Decode(4, 1.5, guidance_interval=(0.2, 1.0))
     assert decode_of_journal([*rows, {"step": 9}], start) == reached
+    earlier = {"event": "decode_check", "steps": 2, "guidance": 1.0}
+    assert decode_of_journal([earlier], start) == Decode(2, 1.0)
 
 
 class Redness:

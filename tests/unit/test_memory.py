@@ -232,6 +232,13 @@ def test_vllm_s_cache_is_the_recipe_s(published):
     assert memory.vllm_pictures(recipe, published) == expected > 200
 
 
+def test_workers_sample_elsewhere(published):
+    name, engine = "blip3o-next-3b/grpo-geneval", "rollout.engine=vllm"
+    found = memory.grpo_memory(recipe_of(name, engine, "rollout.workers=4"), published)
+    assert not [what for what in found.resident if "vLLM" in what]
+    assert found.phases["sampling"] == 0
+
+
 def test_the_constants_are_those_of_the_engines():
     import inspect
 

@@ -33,7 +33,7 @@ from rl.run import (
     resume,
     trainer_config,
 )
-from rl.stages import Journaled, build_engine
+from rl.stages import Journaled, build_engine, placements
 from rl.trl_release import GRPOConfig
 from rollout.build import EngineSpec
 from rollout.decode import Decode
@@ -218,6 +218,15 @@ def test_the_recipe_s_options_reach_vllm(policy, monkeypatch, overrides, expecte
     recipe = recipe_of("rollout.engine=vllm", *overrides)
     spec = build_engine(recipe, policy, 64, None, Journaled())
     assert (spec.cache_gib, spec.compile_model, spec.lora_rank) == expected
+
+
+def test_reward_workers_have_time_for_rewards_that_hang():
+    """Two batches of 32 and each of 72 pictures alone, with rewards that may take 90 s."""
+    functions = "rewards.functions=[{use: geneval}, {use: ocr, timeout_s: 90}]"
+    step = ("rollout.prompts_per_step=12", "rollout.group_size=12")
+    places = placements(recipe_of("rewards.workers=2", "decode.workers=1", functions, *step))
+    assert places["rewards"].timeout_s > 600 + (3 + 72) * 90
+    assert places["decode"].timeout_s == 600
 
 
 # --- the engine's weights ------------------------------------------------------------------------

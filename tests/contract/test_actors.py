@@ -1,0 +1,136 @@
+"""Losses of actors on a real cluster: what stops a run, and what the other actors make up for."""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import ray
+
+from common.errors import RunError
+from rollout import actors
+from rollout.actors import ActorPool
+from rollout.cluster import Placement, check_room, ray_cluster
+
+PLACE = Placement("rollout", 3, cpus=0.1, timeout_s=60)
+
+
+class TwoArguments(Exception):
+    """Cannot be unpickled, as many libraries' errors cannot."""
+
+    def __init__(self, one: str, other: str) -> None:
+        super().__init__(one + other)
+
+
+class Worker:
+    """Does what files in its folder say: `die-PIECE` once, `always-PIECE`, `broken-N` starts."""
+
+    def __init__(self, folder: Path) -> None:
+        for name in sorted(folder.glob("broken-*")):
+            name.unlink()
+            raise ValueError("no driver yet")
+        self.folder = folder
+
+    def work(self, piece: int) -> int:
+        once = self.folder / f"die-{piece}"
+        if once.exists() or (self.folder / f"always-{piece}").exists():
+            once.unlink(missing_ok=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+        if piece == 99:
+            time.sleep(3600)
+        if piece < 0:
+            raise TwoArguments("below ", "zero")
+        return piece
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    from ray import cloudpickle
+
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    with ray_cluster(None, [PLACE]):
+        yield
+
+
+@pytest.fixture
+def pool(tmp_path, monkeypatch) -> Iterator[ActorPool]:
+    monkeypatch.setattr(actors, "MAX_LOSSES", 1)
+    pool = ActorPool(Worker, (tmp_path,), PLACE)
+    pool.await_ready()
+    yield pool
+    pool.close()
+
+
+def touch(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).touch()
+
+
+def test_several_pieces_may_each_lose_a_worker(pool, tmp_path):
+    touch(tmp_path, "die-0", "die-1")
+    assert pool.run("work", [(0,), (1,), (2,)]) == [0, 1, 2]
+    assert pool.replaced == 2
+
+
+def test_a_piece_that_loses_one_worker_after_the_other_stops_the_run(pool, tmp_path):
+    touch(tmp_path, "always-1")
+    with pytest.raises(RunError, match=r"more than 1 rollout workers were lost in the same `work`"):
+        pool.run("work", [(0,), (1,), (2,)])
+
+
+def test_workers_that_died_idle_are_not_held_against_the_next_piece(pool):
+    for handle in pool.handles[:2]:
+        ray.kill(handle)
+    assert pool.run("work", [(0,)]) == [0]
+
+
+def test_a_replacement_that_cannot_start_is_a_loss_and_the_rest_do_the_work(pool, tmp_path):
+    touch(tmp_path, "die-0", *(f"broken-{i}" for i in range(9)))
+    assert pool.run("work", [(0,), (1,)]) == [0, 1]
+    while pool._starting:
+        pool._join(ray.wait(list(pool._starting))[0][0])
+    assert [event["event"] for event in pool._events] == [
+        "worker_replaced", "worker_replaced", "worker_given_up",
+    ]  # fmt: skip
+    assert "no driver yet" not in pool._events[0]["reason"]
+    assert pool.run("work", [(0,), (1,), (2,)]) == [0, 1, 2]
+
+
+def test_an_error_that_cannot_be_unpickled_is_told_and_loses_no_worker(pool):
+    with pytest.raises(RunError, match=r"rollout worker failed[\s\S]*TwoArguments: below zero"):
+        pool.run("work", [(-1,)])
+    assert pool.replaced == 0
+    assert pool.run("work", [(4,)]) == [4]
+
+
+def test_a_pool_that_is_closed_gives_up_what_is_running(pool):
+    with ThreadPoolExecutor() as thread:
+        running = thread.submit(pool.run, "work", [(99,)])
+        time.sleep(1)
+        pool.close()
+        with pytest.raises(ray.exceptions.RayActorError):
+            running.result(timeout=20)
+    assert pool.handles == []
+    assert pool.replaced == 0
+
+
+@pytest.mark.parametrize("address", ["nonsense", "host:port", ":6379"])
+def test_what_is_no_address_is_refused_by_its_key(address):
+    ray.shutdown()
+    with (
+        pytest.raises(RunError, match=rf"rollout\.ray\.address[\s\S]*{address}[\s\S]*Fix"),
+        ray_cluster(address, [PLACE]),
+    ):
+        pass
+
+
+def test_workers_that_fit_exactly_have_room(monkeypatch):
+    """3 x 0.1 is 0.30000000000000004 in floating point."""
+    monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 0.3})
+    check_room([Placement("rollout", 3, cpus=0.1)])
+    with pytest.raises(RunError, match=r"0\.4 CPU"):
+        check_room([Placement("rollout", 4, cpus=0.1)])
