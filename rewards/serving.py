@@ -266,9 +266,9 @@ def _read_job(body: bytes, limits: Limits, pictures: _Pictures) -> _Job:
 
 
 def _refuse_paths(job: _Job, columns: Iterable[str]) -> None:
-    """Refuse text where the reward would open it as a file of this machine."""
+    """Refuse all but pictures where the reward would open a file of this machine."""
     for name in columns:
-        if any(isinstance(value, str) for value in job.columns.get(name, [])):
+        if not all(isinstance(x, Image.Image | None) for x in job.columns.get(name, [])):
             raise _Refused(
                 400,
                 f"columns.{name}: a server opens no paths. Fix: send the pictures "

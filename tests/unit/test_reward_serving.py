@@ -162,6 +162,9 @@ def editing():
     [
         (msgpack.ExtType(1, picture()), 200, ""),
         ("/etc/passwd", 400, "columns.source: a server opens no paths"),
+        (b"/etc/passwd", 400, "columns.source: a server opens no paths"),
+        (["/etc/passwd"], 400, "columns.source: a server opens no paths"),
+        ({"a": "/etc/passwd"}, 400, "columns.source: a server opens no paths"),
         (msgpack.ExtType(1, b"GIF89a"), 400, "not a whole"),
         (msgpack.ExtType(1, picture(width=19)), 413, "99 pixels"),
         (msgpack.ExtType(2, picture()), 400, "type 2"),
