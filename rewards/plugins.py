@@ -4,6 +4,7 @@ import hashlib
 import importlib.machinery
 import importlib.util
 import inspect
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -143,7 +144,7 @@ def _run_file(path: Path) -> ModuleType:
             f"no file {path} (looked in {Path.cwd()}). Fix: write the path of your reward file "
             "relative to that folder, or in full."
         )
-    full = path.resolve()
+    full = Path(os.path.abspath(path))  # what a link stands beside belongs to it
     source = full.read_bytes()
     name = f"{_FILE_MODULE}{full.stem}_{hashlib.blake2b(str(full).encode()).hexdigest()[:8]}"
     loaded = sys.modules.get(name)

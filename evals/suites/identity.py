@@ -25,7 +25,7 @@ def option_content(value: str) -> str:
 
 
 def source_hash(function: Callable[..., Any]) -> str:
-    """Return a function's name with a hash of its file and of what that imports from beside it."""
+    """Return a function's name with a hash of its code (see `rewards.source`)."""
     digest = hashlib.sha256(source_code(function)).hexdigest()[:16]
     return f"{function.__qualname__} of source {digest}"
 
