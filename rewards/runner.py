@@ -82,6 +82,7 @@ class _Part:
     host: Host
     processes: int
     identity: str
+    """See `reward_identity`; empty where no score may be kept."""
     failed_rounds: int = 0
     seconds: float = 0.0
 
@@ -138,7 +139,7 @@ class RewardRunner:
                 function,
                 _host(function, spec),
                 max(1, spec.workers),
-                reward_identity(function) if cache else "",
+                reward_identity(function) if cache and function.cacheable else "",
             )
             for name, function, spec in zip(names, functions, specs, strict=True)
         ]
@@ -263,7 +264,7 @@ class RewardRunner:
         started = time.perf_counter()
         scores = {place: Score(None, problem) for place, problem in batch.unusable.items()}
         places = [place for place in range(len(batch.images)) if place not in scores]
-        if self._cache is None or not part.function.cacheable:
+        if self._cache is None or not part.identity:
             scores |= self._judge(part, batch, places)
         else:
             scores |= self._judge_new(self._cache, part, batch, places)

@@ -1,5 +1,6 @@
-"""The code that a function's results depend on, as far as it lies beside the function."""
+"""What a function's results depend on: the code beside it, and what files hold."""
 
+import hashlib
 import inspect
 import os
 import sysconfig
@@ -27,3 +28,9 @@ def source_code(function: Callable[..., Any]) -> bytes:
     # No Python file holds a zero byte.
     named = [b"\0" + x.name.encode() + b"\0" + x.read_bytes() for x in others]
     return file.read_bytes() + b"".join(named)
+
+
+def file_hash(path: Path) -> str:
+    """Return a hash of what a file holds."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]

@@ -389,6 +389,31 @@ def test_a_replaced_file_is_scored_again(tmp_path):
             assert parts(scored, "w_file") == [length]
 
 
+def test_a_replaced_file_among_the_arguments_is_scored_again(tmp_path):
+    weights = tmp_path / "weights.bin"
+
+    @reward(name="w_weights")
+    def weigh(images, *, networks):
+        return [len(Path(networks["own"]).read_bytes())] * len(images)
+
+    cache = ScoreCache()
+    spec = RewardSpec("w_weights", args={"networks": {"own": str(weights)}})
+    for length in (3, 5):
+        weights.write_bytes(bytes(length))
+        with RewardRunner([spec], cache=cache) as runner:
+            assert parts(runner.score(pictures(1), [""]), "w_weights") == [length]
+
+
+def test_a_function_that_is_in_no_file_is_never_cached():
+    cache = ScoreCache()
+    for value in (1.0, 2.0):
+        cell: dict = {"__name__": "notebook"}
+        exec(f"def cell_score(images): return [{value}] * len(images)", cell)
+        reward(name="w_cell")(cell["cell_score"])
+        with RewardRunner([RewardSpec("w_cell")], cache=cache) as runner:
+            assert parts(runner.score(pictures(1), [""]), "w_cell") == [value]
+
+
 def test_scores_that_depend_on_what_is_elsewhere_are_not_kept():
     calls = []
 
