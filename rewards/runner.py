@@ -227,10 +227,13 @@ class RewardRunner:
         return results
 
     def close(self) -> None:
-        """Let threads and processes end. Calls that were left behind end with this process."""
-        self._drivers.shutdown()
+        """Let threads and processes end, also in the middle of a round (Ctrl-C).
+
+        Calls that were left behind end with this process.
+        """
         for part in self._parts:
             part.host.close()
+        self._drivers.shutdown()
 
     def __enter__(self) -> "RewardRunner":
         return self

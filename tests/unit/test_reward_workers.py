@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import sqlite3
+import threading
 import time
 from pathlib import Path
 
@@ -60,6 +61,13 @@ def slow(images):
     time.sleep(0.5)
     return [0.0] * len(images)
 '''
+STUCK = """
+import pathlib, time
+
+def stuck(images, prompts):
+    pathlib.Path(prompts[0]).touch()
+    time.sleep(20)
+"""
 TROUBLE = {
     "crash": "ended with code -11",
     "exit": "ended with code 7",
@@ -149,6 +157,25 @@ def test_interrupting_the_run_leaves_its_processes_alone(file):
         time.sleep(0.2)
         again = runner.score(pictures(1), [""])[0]
         assert again.details["odd"]["pid"] == pid
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_ctrl_c_does_not_wait_for_a_reward_that_hangs(tmp_path, workers):
+    (tmp_path / "stuck.py").write_text(STUCK)
+    spec = RewardSpec(f"{tmp_path}/stuck.py:stuck", timeout_s=60, workers=workers)
+    runner = RewardRunner([spec])
+
+    def interrupt():
+        while not (tmp_path / "called").exists():
+            time.sleep(0.01)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        runner.score(pictures(8), [str(tmp_path / "called")] * 8)
+    started = time.perf_counter()
+    runner.close()
+    assert time.perf_counter() - started < 5
 
 
 def test_one_picture_on_which_a_reward_hangs_costs_only_its_own_score(file):
