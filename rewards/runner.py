@@ -28,7 +28,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,14 @@ class _Part:
     identity: str
     """See `reward_identity`; empty where no score may be kept."""
     failed_rounds: int = 0
+    broken: BrokenContract | None = None
+    """Set while it gives one number for several pictures: that for one picture is no score then."""
     seconds: float = 0.0
+
+    def with_paths(self, columns: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+        """Return the columns, relative paths in those that this reward opens joined to `folder`."""
+        opened = self.function.paths
+        return {key: _joined(x, folder) if key in opened else x for key, x in columns.items()}
 
 
 @dataclass(frozen=True)
@@ -171,11 +178,9 @@ class RewardRunner:
 
     def check_records(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Raise RewardError, naming the record, if some reward cannot score a prompt record."""
-        opened = self.path_columns
         for record in records:
-            paths = {key: self._path(record[key]) for key in opened & record.keys()}
             for part in self._parts:
-                part.function.check_record({**record, **paths})
+                part.function.check_record(part.with_paths(record, self._folder))
 
     def score(
         self,
@@ -190,7 +195,7 @@ class RewardRunner:
         decides scheduled weights. Raises RewardError only if the lengths differ; whatever a reward
         does becomes a None with a reason.
         """
-        columns = self._with_paths(columns or {})
+        columns = columns or {}
         lengths = {"prompts": len(prompts), **{key: len(v) for key, v in columns.items()}}
         for key, length in lengths.items():
             if length != len(images):
@@ -219,8 +224,8 @@ class RewardRunner:
         Nothing is retried, so that a reward's own behaviour shows.
         """
         results = {}
-        call = Call(images, prompts, self._with_paths(columns))
         for part in self._parts:
+            call = Call(images, prompts, part.with_paths(columns, self._folder))
             started = time.perf_counter()
             [outcome] = part.host.run([call], Patience(1))
             results[part.name] = (outcome, time.perf_counter() - started)
@@ -241,16 +246,6 @@ class RewardRunner:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _with_paths(self, columns: Mapping[str, Sequence[Any]]) -> dict[str, Sequence[Any]]:
-        opened = self.path_columns
-        return {
-            key: list(map(self._path, values)) if key in opened else values
-            for key, values in columns.items()
-        }
-
-    def _path(self, value: Any) -> Any:
-        return str(self._folder / value) if isinstance(value, str) else value
-
     def _combined(self, scores: Sequence[Score], step: int) -> Scored:
         pairs = list(zip(self.names, scores, strict=True))
         parts = {name: score.value for name, score in pairs}
@@ -265,6 +260,7 @@ class RewardRunner:
 
     def _score_part(self, part: _Part, batch: _Batch) -> list[Score]:
         started = time.perf_counter()
+        batch = replace(batch, columns=part.with_paths(batch.columns, self._folder))
         scores = {place: Score(None, problem) for place, problem in batch.unusable.items()}
         places = [place for place in range(len(batch.images)) if place not in scores]
         if self._cache is None or not part.identity:
@@ -302,7 +298,8 @@ class RewardRunner:
             return {}
         whole = part.function.whole_batch
         scores: dict[int, Score] = {}
-        if part.failed_rounds >= _BREAK_AFTER and len(places) > _PROBES and not whole:
+        probed = part.failed_rounds >= _BREAK_AFTER and not part.broken and not whole
+        if probed and len(places) > _PROBES:
             step = len(places) // _PROBES
             probes = places[part.failed_rounds % step :: step][:_PROBES]  # others every time
             scores, reasons = _call(part, batch, probes, 1)
@@ -338,6 +335,13 @@ class RewardRunner:
         return math.ceil(count / max(1, rounds * processes))
 
 
+def _joined(value: Any, folder: Path) -> Any:
+    if isinstance(value, list | tuple):
+        return [_joined(item, folder) for item in value]
+    is_path = isinstance(value, str) and value and "://" not in value
+    return str(folder / value) if is_path else value
+
+
 def _any_value(scores: Mapping[int, Score]) -> bool:
     return any(score.value is not None for score in scores.values())
 
@@ -355,8 +359,16 @@ def _call(
     scores: dict[int, Score] = {}
     failed: dict[int, str] = {}
     outcomes = part.host.run(list(map(batch.call, chunks)), patience)
+    several = [outcome for chunk, outcome in zip(chunks, outcomes, strict=True) if len(chunk) > 1]
+    if any(isinstance(outcome, list) for outcome in several):
+        part.broken = None
+    else:
+        broken = (outcome for outcome in several if isinstance(outcome, BrokenContract))
+        part.broken = next(broken, part.broken)
     for chunk, outcome in zip(chunks, outcomes, strict=True):
-        if isinstance(outcome, str):
+        if part.broken and len(chunk) == 1:
+            failed |= dict.fromkeys(chunk, part.broken)
+        elif isinstance(outcome, str):
             failed |= dict.fromkeys(chunk, outcome)
         else:
             scores |= zip(chunk, outcome, strict=True)

@@ -426,6 +426,40 @@ def test_no_pictures_no_scores():
     assert run(RewardSpec("t_level"), images=[]) == []
 
 
+def test_only_a_reward_that_opens_a_column_gets_paths_below_the_folder(tmp_path):
+    seen = {}
+
+    @reward(name="t_opens", paths=("mask",))
+    def opens(images, mask):
+        seen["opens"] = mask
+        return [0.5] * len(images)
+
+    @reward(name="t_reads")
+    def reads(images, mask):
+        seen["reads"] = mask
+        return [0.5] * len(images)
+
+    masks = ["a.png", "", "https://h/x", ["b.png", "c.png"], None, f"{tmp_path}/d.png"]
+    run(RewardSpec("t_opens"), RewardSpec("t_reads"), columns={"mask": masks}, folder=tmp_path)
+    both = [f"{tmp_path}/b.png", f"{tmp_path}/c.png"]
+    assert seen["opens"] == [f"{tmp_path}/a.png", *masks[1:3], both, None, masks[5]]
+    assert seen["reads"] == masks
+
+
+def test_the_mean_of_a_batch_never_becomes_the_score_of_one_picture():
+    @reward(name="t_batch_mean")
+    def batch_mean(images):
+        return [sum(map(level, images)) / len(images)]
+
+    with RewardRunner([RewardSpec("t_batch_mean")]) as runner:
+        for count in (6, 6, 6, 6, 1):  # the fourth round would be a probe, and the last is short
+            scored = runner.score(PICTURES[:count], PROMPTS[:count])
+            assert parts(scored, "t_batch_mean") == [None] * count
+            assert "1 scores for 6 images" in scored[0].reasons["t_batch_mean"]
+    scored = run(RewardSpec("t_batch_mean"), images=PICTURES[:3], batch_size=2)
+    assert parts(scored, "t_batch_mean") == [None] * 3  # calls of two and of one
+
+
 def test_a_missing_column_is_named():
     @reward(name="t_needs")
     def needs(images, caption):

@@ -15,7 +15,7 @@ from PIL import Image
 
 from common.errors import RewardError
 from rewards import Score, load_reward, reward
-from rewards.cache import ScoreCache, reward_identity
+from rewards.cache import ScoreCache, reward_identity, score_key
 from rewards.contract import RewardFunction, Traits
 from rewards.runner import RewardRunner, RewardSpec
 
@@ -416,6 +416,13 @@ def test_a_replaced_file_is_scored_again(tmp_path):
             source.write_bytes(bytes(length))
             scored = runner.score(pictures(1), [""], {"source": [str(source)]})
             assert parts(scored, "w_file") == [length]
+
+
+def test_a_file_counts_the_same_however_its_path_is_spelt(tmp_path):
+    (tmp_path / "source.txt").write_bytes(b"same")
+    spelt = [str(tmp_path / "source.txt"), f"{tmp_path}/./source.txt"]
+    keys = {score_key("", "", "", {"source": x}, ("source",)) for x in spelt}
+    assert len(keys) == 1
 
 
 def test_a_replaced_file_among_the_arguments_is_scored_again(tmp_path):
