@@ -4,6 +4,7 @@ import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -131,6 +132,11 @@ class RewardFunction:
         taken = self._takes_all or column in self._declared
         return taken and column not in self._options and column not in self.args
 
+    def with_paths(self, columns: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+        """Return the columns, relative paths in those that this reward opens joined to `folder`."""
+        opened = self.paths
+        return {key: _joined(x, folder) if key in opened else x for key, x in columns.items()}
+
     def check_record(self, record: Mapping[str, Any]) -> None:
         """Raise RewardError if the reward cannot score this prompt record; the message names it."""
         for column in _TAKEN:
@@ -169,3 +175,10 @@ class RewardFunction:
                     f"reward `{self.name}`: parameter `{name}` can only be given by position, and "
                     "columns arrive by name. Fix: remove the `/` from its signature."
                 )
+
+
+def _joined(value: Any, folder: Path) -> Any:
+    if isinstance(value, list | tuple):
+        return [_joined(item, folder) for item in value]
+    is_path = isinstance(value, str) and value and "://" not in value
+    return str(folder / value) if is_path else value

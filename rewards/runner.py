@@ -88,11 +88,6 @@ class _Part:
     """Set while it gives one number for several pictures: that for one picture is no score then."""
     seconds: float = 0.0
 
-    def with_paths(self, columns: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-        """Return the columns, relative paths in those that this reward opens joined to `folder`."""
-        opened = self.function.paths
-        return {key: _joined(x, folder) if key in opened else x for key, x in columns.items()}
-
 
 @dataclass(frozen=True)
 class _Batch:
@@ -180,7 +175,7 @@ class RewardRunner:
         """Raise RewardError, naming the record, if some reward cannot score a prompt record."""
         for record in records:
             for part in self._parts:
-                part.function.check_record(part.with_paths(record, self._folder))
+                part.function.check_record(part.function.with_paths(record, self._folder))
 
     def score(
         self,
@@ -225,7 +220,7 @@ class RewardRunner:
         """
         results = {}
         for part in self._parts:
-            call = Call(images, prompts, part.with_paths(columns, self._folder))
+            call = Call(images, prompts, part.function.with_paths(columns, self._folder))
             started = time.perf_counter()
             [outcome] = part.host.run([call], Patience(1))
             results[part.name] = (outcome, time.perf_counter() - started)
@@ -260,7 +255,7 @@ class RewardRunner:
 
     def _score_part(self, part: _Part, batch: _Batch) -> list[Score]:
         started = time.perf_counter()
-        batch = replace(batch, columns=part.with_paths(batch.columns, self._folder))
+        batch = replace(batch, columns=part.function.with_paths(batch.columns, self._folder))
         scores = {place: Score(None, problem) for place, problem in batch.unusable.items()}
         places = [place for place in range(len(batch.images)) if place not in scores]
         if self._cache is None or not part.identity:
@@ -333,13 +328,6 @@ class RewardRunner:
         """Return the pictures in a call: alike in all, and so that no process stays idle."""
         rounds = math.ceil(count / (self._batch_size * processes))
         return math.ceil(count / max(1, rounds * processes))
-
-
-def _joined(value: Any, folder: Path) -> Any:
-    if isinstance(value, list | tuple):
-        return [_joined(item, folder) for item in value]
-    is_path = isinstance(value, str) and value and "://" not in value
-    return str(folder / value) if is_path else value
 
 
 def _any_value(scores: Mapping[int, Score]) -> bool:

@@ -447,10 +447,6 @@ def test_only_a_reward_that_opens_a_column_gets_paths_below_the_folder(tmp_path)
 
 
 def test_the_mean_of_a_batch_never_becomes_the_score_of_one_picture():
-    @reward(name="t_batch_mean")
-    def batch_mean(images):
-        return [sum(map(level, images)) / len(images)]
-
     with RewardRunner([RewardSpec("t_batch_mean")]) as runner:
         for count in (6, 6, 6, 6, 1):  # the fourth round would be a probe, and the last is short
             scored = runner.score(PICTURES[:count], PROMPTS[:count])
