@@ -110,12 +110,12 @@ class RewardService:
         self._metrics.waiting.set(self._waiting)
         try:
             body = await self._body(request)
-            # Unpacking and decoding take a while: not in the loop that answers /health.
-            pictures = _Pictures(self._limits)
-            job = await asyncio.to_thread(_read_job, body, self._limits, pictures)
-            _refuse_paths(job, self._runner.path_columns)
-            images = await asyncio.to_thread(_decoded, job.images, pictures)
-            async with self._turn:
+            async with self._turn:  # pictures take much more memory than their bytes: one at a time
+                pictures = _Pictures(self._limits)
+                # Unpacking and decoding take a while: not in the loop that answers /health.
+                job = await asyncio.to_thread(_read_job, body, self._limits, pictures)
+                _refuse_paths(job, self._runner.path_columns)
+                images = await asyncio.to_thread(_decoded, job.images, pictures)
                 started = time.perf_counter()
                 scored = await asyncio.to_thread(
                     self._runner.score, images, job.prompts, job.columns

@@ -15,6 +15,7 @@ from starlette.testclient import TestClient
 
 from cli.main import main
 from common.errors import RewardError
+from common.images import open_image
 from rewards import Score, load_reward, reward
 from rewards.runner import RewardRunner, RewardSpec
 from rewards.serving import Limits, build_app
@@ -207,6 +208,12 @@ def test_the_client_sends_the_sources_of_edits(serve, tmp_path):
     assert "lack the column `source`" in one.reasons["remote"]
 
 
+def test_a_server_that_is_something_else_does_not_end_the_call(serve):
+    address = serve("s_red")
+    scored = remote_scores(2, batch_size=1, servers=[f"{address}/wrong", address])
+    assert [one.total for one in scored] == [0.0, pytest.approx(1 / 255)]
+
+
 @pytest.mark.parametrize("details", [{"n": 10**30}, {"n": [-(10**19)]}])
 def test_details_that_cannot_be_sent_cost_no_score(details):
     @reward(name="s_details")
@@ -234,6 +241,41 @@ def test_health_and_metrics(client):
         "atelier_reward_scoring_seconds_count 1.0",
     ):
         assert line in text
+
+
+def test_pictures_of_waiting_requests_are_not_opened_yet(monkeypatch, serve):
+    opened, called, release = [], threading.Event(), threading.Event()
+
+    def counted(data, name):
+        opened.append(name)
+        return open_image(data, name)
+
+    @reward(name="s_held")
+    def held(images):
+        called.set()
+        release.wait(10)
+        return [0.5] * len(images)
+
+    monkeypatch.setattr("rewards.serving.open_image", counted)
+    address = serve("s_held")
+    replies = []
+
+    def ask():
+        replies.append(httpx.post(f"{address}/score", content=job([picture()]), headers=TYPE))
+
+    clients = [threading.Thread(target=ask) for _ in range(3)]
+    for client in clients:
+        client.start()
+    assert called.wait(10)
+    deadline = time.monotonic() + 10
+    while "waiting_requests 3.0" not in httpx.get(f"{address}/metrics").text:
+        assert time.monotonic() < deadline
+    time.sleep(0.2)
+    assert len(opened) == 1
+    release.set()
+    for client in clients:
+        client.join()
+    assert [reply.status_code for reply in replies] == [200] * 3
 
 
 def test_a_token_is_asked_for_everywhere_but_at_health():
