@@ -12,7 +12,8 @@ and is never split.
 A call that did not come back (it hung, or its process ended) costs its time limit. After two such
 batches the pictures are tried singly, in shuffled order, and after eight such pictures the rest is
 given up unless more came back than did not. So a reward that always hangs costs ten time limits a
-round, and pictures on which it hangs cost only their own scores, up to half of the round.
+round (a coroutine that blocks its thread twice as many, see `rewards.hosting`), and pictures on
+which it hangs cost only their own scores, up to half of the round.
 
 A reward that has given no picture a score three times in a row (a judge that is down) is first
 tried on up to three pictures, and asked for the rest only if one of them gets a score.
@@ -81,11 +82,9 @@ class _Part:
     function: RewardFunction
     host: Host
     processes: int
-    identity: str
-    """See `reward_identity`; empty where no score may be kept."""
+    identity: str  # empty where no score may be kept
     failed_rounds: int = 0
-    broken: BrokenContract | None = None
-    """Set while it gives one number for several pictures: that for one picture is no score then."""
+    broken: BrokenContract | None = None  # while set, what it says of one picture is no score
     seconds: float = 0.0
 
 
