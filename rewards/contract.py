@@ -1,7 +1,6 @@
 """The contract of a reward function, and the object that calls one with the columns it asks for."""
 
 import inspect
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,7 +65,8 @@ class RewardFunction:
     function that declares `completions` (TRL's contract) gets the pictures there unless the caller
     has a column of that name, and columns everywhere, as from TRL.
 
-    Raises RewardError for an argument that the function lacks and for an option without a value.
+    Raises RewardError for an argument that the function lacks, for an option without a value and
+    for a `paths_argument` that is no list of texts.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class RewardFunction:
         self.whole_batch = traits.whole_batch
         self.cacheable = traits.cacheable and not traits.whole_batch
         self.args = dict(args)
-        self.paths = (*traits.paths, *self.args.get(traits.paths_argument, ()))
+        self.paths = (*traits.paths, *self._listed(traits.paths_argument))
         self._check = traits.check
         parameters = inspect.signature(function).parameters
         named = {name: p for name, p in parameters.items() if p.kind in _NAMED}
@@ -120,12 +120,7 @@ class RewardFunction:
         else:
             wanted = self._declared & set(available)
         chosen = {name: available[name] for name in wanted - self._options}
-        process = os.getpid()
-        try:
-            return self.function(**(chosen | self.args))
-        finally:
-            if os.getpid() != process:  # a fork of the reward's must not answer in our place, too
-                os._exit(0)
+        return self.function(**(chosen | self.args))
 
     def sees(self, column: str) -> bool:
         """Return whether a column of this name reaches the function."""
@@ -158,6 +153,15 @@ class RewardFunction:
         if self._check is not None:
             known = inspect.signature(self._check).parameters
             self._check(record, **{k: v for k, v in self.args.items() if k in known})
+
+    def _listed(self, argument: str) -> Sequence[str]:
+        """Return the column names that an argument lists."""
+        names = self.args.get(argument, ())
+        if not isinstance(names, list | tuple) or not all(isinstance(x, str) for x in names):
+            raise RewardError(
+                f"reward `{self.name}`: {argument} is {names!r}. Fix: write a list of columns."
+            )
+        return names
 
     def _refuse_unknown_args(self) -> None:
         for name in self.args:

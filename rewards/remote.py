@@ -75,9 +75,8 @@ async def remote(
     `source` of an edit): the pictures are sent instead, since servers open no paths.
     Raises RewardError if no server answers or one refuses the request (400, 401, 413, 415).
     """
-    for name, given in (("servers", servers), ("pictures", pictures)):
-        if isinstance(given, str):
-            raise RewardError(f"reward `remote`: {name} is a text. Fix: write a list, [{given}].")
+    if isinstance(servers, str):
+        raise RewardError(f"reward `remote`: servers is a text. Fix: write a list, [{servers}].")
     body = await asyncio.to_thread(_packed, images, prompts, columns, pictures)
     headers = {"Content-Type": "application/msgpack"}
     if token_file is not None:

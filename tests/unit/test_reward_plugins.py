@@ -258,3 +258,9 @@ def test_modules_beside_a_reward_file_are_found_also_late(tmp_path, monkeypatch,
     with RewardRunner([RewardSpec(f"{tmp_path}/a.py:f", workers=workers)]) as runner:
         [one] = runner.score([Image.new("RGB", (8, 8))], [""])
     assert one.total == 1.0
+
+
+@pytest.mark.parametrize("pictures", [None, 5, "mask", [5]])
+def test_pictures_that_are_no_list_of_columns_are_refused_at_load(pictures):
+    with pytest.raises(RewardError, match=r"pictures is .* write a list"):
+        load_reward("remote", servers=["http://127.0.0.1:1"], pictures=pictures)

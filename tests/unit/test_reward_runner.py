@@ -1,9 +1,7 @@
 """The runner: no reward and no picture may spoil another's score."""
 
-import asyncio
 import logging
 import math
-import os
 import sys
 import time
 from importlib.machinery import ModuleSpec
@@ -276,33 +274,6 @@ def test_what_a_coroutine_raises_costs_only_its_own_scores(error):
     assert parts(scored, "t_awaited_panic") == [None] * 6
     assert parts(scored, "t_level") == [0, 1, 2, 3, 4, 5]
     assert "oops" in scored[0].reasons["t_awaited_panic"]
-
-
-@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")
-def test_a_coroutine_that_stops_its_loop_costs_only_its_own_scores():
-    @reward(name="t_stops")
-    async def stops(images):
-        asyncio.get_running_loop().stop()
-        await asyncio.sleep(0)
-        return [0.5] * len(images)
-
-    scored = run(RewardSpec("t_stops", timeout_s=0.1), RewardSpec("t_level"))
-    assert parts(scored, "t_stops") == [None] * 6
-    assert parts(scored, "t_level") == [0, 1, 2, 3, 4, 5]
-
-
-def test_a_fork_that_a_reward_forgets_ends():
-    children = []
-
-    @reward(name="t_forks")
-    def forks(images):
-        if child := os.fork():
-            children.append(child)
-        return [0.5] * len(images)
-
-    assert parts(run(RewardSpec("t_forks")), "t_forks") == [0.5] * 6
-    for child in children:
-        assert os.waitpid(child, 0) == (child, 0)
 
 
 def test_the_reason_names_error_and_line():

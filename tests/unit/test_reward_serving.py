@@ -1,10 +1,12 @@
 """A reward behind HTTP, and its client: over a real socket where the network is the point."""
 
 import contextlib
+import functools
 import io
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import msgpack
@@ -246,36 +248,26 @@ def test_health_and_metrics(client):
 def test_pictures_of_waiting_requests_are_not_opened_yet(monkeypatch, serve):
     opened, called, release = [], threading.Event(), threading.Event()
 
-    def counted(data, name):
-        opened.append(name)
-        return open_image(data, name)
-
     @reward(name="s_held")
     def held(images):
         called.set()
         release.wait(10)
         return [0.5] * len(images)
 
+    counted = lambda *x: opened.append(x) or open_image(*x)  # noqa: E731
     monkeypatch.setattr("rewards.serving.open_image", counted)
     address = serve("s_held")
-    replies = []
-
-    def ask():
-        replies.append(httpx.post(f"{address}/score", content=job([picture()]), headers=TYPE))
-
-    clients = [threading.Thread(target=ask) for _ in range(3)]
-    for client in clients:
-        client.start()
-    assert called.wait(10)
-    deadline = time.monotonic() + 10
-    while "waiting_requests 3.0" not in httpx.get(f"{address}/metrics").text:
-        assert time.monotonic() < deadline
-    time.sleep(0.2)
-    assert len(opened) == 1
-    release.set()
-    for client in clients:
-        client.join()
-    assert [reply.status_code for reply in replies] == [200] * 3
+    ask = functools.partial(httpx.post, f"{address}/score", content=job([picture()]), headers=TYPE)
+    with ThreadPoolExecutor(3) as clients:
+        replies = [clients.submit(ask) for _ in range(3)]
+        assert called.wait(10)
+        while "waiting_requests 3.0" not in httpx.get(f"{address}/metrics").text:
+            time.sleep(0.01)
+        time.sleep(0.2)
+        seen = len(opened)
+        release.set()
+    assert seen == 1
+    assert [reply.result().status_code for reply in replies] == [200] * 3
 
 
 def test_a_token_is_asked_for_everywhere_but_at_health():

@@ -443,9 +443,12 @@ def test_a_replaced_file_among_the_arguments_is_scored_again(tmp_path):
 def test_a_function_that_is_in_no_file_is_never_cached():
     cache = ScoreCache()
     for value in (1.0, 2.0):
-        cell: dict = {"__name__": "notebook"}
-        exec(f"def cell_score(images): return [{value}] * len(images)", cell)
-        reward(name="w_cell")(cell["cell_score"])
+
+        @reward(name="w_cell")
+        def cell_score(images, value=value):
+            return [value] * len(images)
+
+        cell_score.__code__ = cell_score.__code__.replace(co_filename="<cell>")
         with RewardRunner([RewardSpec("w_cell")], cache=cache) as runner:
             assert parts(runner.score(pictures(1), [""]), "w_cell") == [value]
 
