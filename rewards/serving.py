@@ -139,11 +139,12 @@ class RewardService:
             {
                 "value": one.parts[name],
                 "reason": one.reasons.get(name, ""),
-                "details": _sendable(one.details.get(name, {})),
+                "details": one.details.get(name, {}),
             }
             for one in scored
         ]
-        content = msgpack.packb({"reward": name, "scores": scores})
+        # An integer over 64 bits, which msgpack lacks, travels as text.
+        content = msgpack.packb({"reward": name, "scores": scores}, default=str)
         return Response(content, media_type=MSGPACK)
 
     async def _body(self, request: Request) -> bytes:
@@ -285,15 +286,6 @@ def _decoded(encoded: Sequence[bytes], pictures: _Pictures) -> list[Any]:
         except DataError as error:
             images.append(error)
     return images
-
-
-def _sendable(details: dict[str, Any]) -> dict[str, Any]:
-    """Return details, or none if an integer in them has over 64 bits, which msgpack lacks."""
-    try:
-        msgpack.packb(details)
-    except OverflowError:
-        return {}
-    return details
 
 
 def _refusal(status: int, reason: str) -> Response:
