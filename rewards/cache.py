@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import os
 import sqlite3
 import threading
 import uuid
@@ -14,7 +15,7 @@ from PIL import Image
 
 from common.errors import RewardError
 from rewards.contract import RewardFunction, Score
-from rewards.source import source_code
+from rewards.source import file_hash, source_code
 
 _LOG = logging.getLogger("atelier.rewards")
 MAX_ROWS = 200_000
@@ -99,9 +100,15 @@ def _opened(file: Path | None) -> sqlite3.Connection:
 
 
 def reward_identity(function: RewardFunction) -> str:
-    """Return a hash of a reward's name, arguments and code, so that an edit is noticed."""
+    """Return a hash of a reward's name, arguments and code, so that an edit is noticed.
+
+    Files that the arguments name count with what they hold. Empty for a function that is in no file
+    (a notebook's): nothing tells when it is defined anew.
+    """
     code = function.function
-    return _hash(function.name, code.__qualname__, _text(function.args), source_code(code))
+    source = source_code(code)
+    args = _text(_told(function.args))
+    return _hash(function.name, code.__qualname__, args, source) if source else ""
 
 
 def image_digest(image: Image.Image) -> str:
@@ -119,19 +126,26 @@ def score_key(
 ) -> str:
     """Return the key of one score; `columns` are the values that the reward gets to see.
 
-    Of the columns named in `paths`, files count with what they hold.
+    In the columns named in `paths`, files count with what they hold, not with their names.
     """
-    files = {name: _file(value) for name, value in columns.items() if name in paths}
-    return _hash(identity, digest, prompt, _text(columns), _text(files))
+    told = {name: _told(x) if name in paths else x for name, x in columns.items()}
+    return _hash(identity, digest, prompt, _text(told))
 
 
-def _file(value: Any) -> str:
-    """Return a hash of what a file holds; "" for no path, a new text for an unreadable file."""
-    if not isinstance(value, str):
-        return ""
+def _told(value: Any) -> Any:
+    """Return a value with the hash of its content in place of each file that it names.
+
+    A file that cannot be read is new every time.
+    """
+    if isinstance(value, Mapping):
+        return {key: _told(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_told(item) for item in value]
+    if not isinstance(value, str) or not os.path.isfile(value):
+        return value
     try:
-        return _hash(Path(value).read_bytes())
-    except (OSError, ValueError):
+        return f"sha256:{file_hash(Path(value))}"
+    except OSError:
         return uuid.uuid4().hex
 
 

@@ -1,9 +1,9 @@
 """The contract of a reward function, and the object that calls one with the columns it asks for."""
 
 import inspect
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -65,7 +65,8 @@ class RewardFunction:
     function that declares `completions` (TRL's contract) gets the pictures there unless the caller
     has a column of that name, and columns everywhere, as from TRL.
 
-    Raises RewardError for an argument that the function lacks and for an option without a value.
+    Raises RewardError for an argument that the function lacks, for an option without a value and
+    for a `paths_argument` that is no list of texts.
     """
 
     def __init__(
@@ -76,7 +77,7 @@ class RewardFunction:
         self.whole_batch = traits.whole_batch
         self.cacheable = traits.cacheable and not traits.whole_batch
         self.args = dict(args)
-        self.paths = (*traits.paths, *self.args.get(traits.paths_argument, ()))
+        self.paths = (*traits.paths, *self._listed(traits.paths_argument))
         self._check = traits.check
         parameters = inspect.signature(function).parameters
         named = {name: p for name, p in parameters.items() if p.kind in _NAMED}
@@ -119,17 +120,17 @@ class RewardFunction:
         else:
             wanted = self._declared & set(available)
         chosen = {name: available[name] for name in wanted - self._options}
-        process = os.getpid()
-        try:
-            return self.function(**(chosen | self.args))
-        finally:
-            if os.getpid() != process:  # a fork of the reward's must not answer in our place, too
-                os._exit(0)
+        return self.function(**(chosen | self.args))
 
     def sees(self, column: str) -> bool:
         """Return whether a column of this name reaches the function."""
         taken = self._takes_all or column in self._declared
         return taken and column not in self._options and column not in self.args
+
+    def with_paths(self, columns: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+        """Return the columns, relative paths in those that this reward opens joined to `folder`."""
+        opened = self.paths
+        return {key: _joined(x, folder) if key in opened else x for key, x in columns.items()}
 
     def check_record(self, record: Mapping[str, Any]) -> None:
         """Raise RewardError if the reward cannot score this prompt record; the message names it."""
@@ -153,6 +154,15 @@ class RewardFunction:
             known = inspect.signature(self._check).parameters
             self._check(record, **{k: v for k, v in self.args.items() if k in known})
 
+    def _listed(self, argument: str) -> Sequence[str]:
+        """Return the column names that an argument lists."""
+        names = self.args.get(argument, ())
+        if not isinstance(names, list | tuple) or not all(isinstance(x, str) for x in names):
+            raise RewardError(
+                f"reward `{self.name}`: {argument} is {names!r}. Fix: write a list of columns."
+            )
+        return names
+
     def _refuse_unknown_args(self) -> None:
         for name in self.args:
             if name in self._declared and name not in _GIVEN:
@@ -169,3 +179,10 @@ class RewardFunction:
                     f"reward `{self.name}`: parameter `{name}` can only be given by position, and "
                     "columns arrive by name. Fix: remove the `/` from its signature."
                 )
+
+
+def _joined(value: Any, folder: Path) -> Any:
+    if isinstance(value, list | tuple):
+        return [_joined(item, folder) for item in value]
+    is_path = isinstance(value, str) and value and "://" not in value
+    return str(folder / value) if is_path else value

@@ -2,7 +2,6 @@
 
 import asyncio
 import concurrent.futures
-import contextlib
 import inspect
 import sys
 import threading
@@ -24,6 +23,7 @@ _BLOCKED = (
     f"{_MAX_LEFT_BEHIND} earlier calls have not come back, so it is not called until one does. "
     "Fix: run it with `workers: 1`, where such calls are ended"
 )
+CLOSED = "the rewards were closed meanwhile"
 _BLOCKED_AFTER = 2.0
 """An async call is cancelled at its time limit. If it has not ended at this many times the limit,
 it blocks the thread instead of awaiting, and is left behind."""
@@ -48,7 +48,7 @@ class Host(Protocol):
         """
 
     def close(self) -> None:
-        """Give threads or processes back."""
+        """Give threads or processes back; calls that are under way are waited for no longer."""
 
 
 class ThreadHost:
@@ -68,6 +68,7 @@ class ThreadHost:
         self._loop: _Loop | None = None
         self._left_behind: list[_Loop] = []
         self._blocked = False
+        self._closed = concurrent.futures.Future[None]()
 
     def run(self, calls: Sequence[Call], patience: Patience) -> list[Outcome]:
         """Return what each call came to, in order."""
@@ -75,6 +76,9 @@ class ThreadHost:
         in_turn, self._blocked = self._blocked, False
         awaited: list[tuple[int, _Loop, concurrent.futures.Future[Any]]] = []
         for index, call in enumerate(calls):
+            if self._closed.done():
+                results[index] = CLOSED
+                continue
             loop = self._ready_loop()
             if loop is None or patience.over:
                 results[index] = patience.reason if loop else _BLOCKED
@@ -96,25 +100,26 @@ class ThreadHost:
 
     def close(self) -> None:
         """End the thread; those left behind are daemons and end with the process."""
+        if not self._closed.done():
+            self._closed.set_result(None)
         if self._loop is not None:
             self._loop.stop()
             self._loop = None
 
     def _finish(self, loop: "_Loop", future: "concurrent.futures.Future[Any]", limit: float) -> Any:
-        done, _ = concurrent.futures.wait([future], limit)
-        if done:
+        either = (future, self._closed)
+        concurrent.futures.wait(either, limit, concurrent.futures.FIRST_COMPLETED)
+        if future.done():
             return "it was cancelled" if future.cancelled() else future.result()
         loop.stop()
         self._left_behind.append(loop)
         self._blocked = True
         if self._loop is loop:
             self._loop = None
-        return too_late(self._timeout_s)
+        return CLOSED if self._closed.done() else too_late(self._timeout_s)
 
     def _ready_loop(self) -> "_Loop | None":
         self._left_behind = [loop for loop in dict.fromkeys(self._left_behind) if loop.alive]
-        if self._loop is not None and not self._loop.alive:
-            self._loop = None
         if self._loop is None and len(self._left_behind) < _MAX_LEFT_BEHIND:
             self._loop = _Loop(f"reward-{self._function.name}")
         return self._loop
@@ -134,18 +139,13 @@ class _Loop:
         return self._thread.is_alive()
 
     def submit(self, coroutine: Any) -> "concurrent.futures.Future[Any]":
-        try:
-            return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-        except RuntimeError:  # the reward has stopped it, and it is closed
-            coroutine.close()
-            return concurrent.futures.Future()  # of a call that does not come back
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     def stop(self) -> None:
         """End the thread once the call it is in has come back."""
         if not self._stopped:
             self._stopped = True
-            with contextlib.suppress(RuntimeError):  # as above
-                self._loop.call_soon_threadsafe(self._loop.stop)
+            self._loop.call_soon_threadsafe(self._loop.stop)
 
     def _run(self) -> None:
         self._loop.run_forever()

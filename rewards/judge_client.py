@@ -74,7 +74,7 @@ class Judge:
 
     def __post_init__(self) -> None:
         """Raise RewardError for prices that are not two, and if no request may be under way."""
-        if len(self.usd_per_million) != 2:
+        if not isinstance(self.usd_per_million, list | tuple) or len(self.usd_per_million) != 2:
             raise RewardError(
                 f"judge at {self.base_url}: usd_per_million is {self.usd_per_million}. Fix: write "
                 "the price of input and of output tokens."

@@ -4,6 +4,7 @@ import hashlib
 import importlib.machinery
 import importlib.util
 import inspect
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -137,13 +138,17 @@ class _SourceLoader(importlib.machinery.SourceFileLoader):
 
 
 def _run_file(path: Path) -> ModuleType:
-    """Import the file once for each content of it, under a name of its own."""
+    """Import the file once for each content of it, under a name of its own.
+
+    Its folder stays at the end of the import path, so that modules beside it are found, also by
+    imports inside its functions, and no library is replaced by a file of the same name.
+    """
     if not path.is_file():
         raise RewardError(
             f"no file {path} (looked in {Path.cwd()}). Fix: write the path of your reward file "
             "relative to that folder, or in full."
         )
-    full = path.resolve()
+    full = Path(os.path.abspath(path))  # what a link stands beside belongs to it
     source = full.read_bytes()
     name = f"{_FILE_MODULE}{full.stem}_{hashlib.blake2b(str(full).encode()).hexdigest()[:8]}"
     loaded = sys.modules.get(name)
@@ -154,6 +159,8 @@ def _run_file(path: Path) -> ModuleType:
     assert spec is not None  # this loader always has one
     module = importlib.util.module_from_spec(spec)
     module.__dict__["__atelier_source__"] = source
+    if str(full.parent) not in sys.path:
+        sys.path.append(str(full.parent))
     sys.modules[name] = module  # dataclasses and pickle look their module up while it runs
     try:
         loader.exec_module(module)

@@ -31,6 +31,8 @@ _PAUSES = (0.0, 0.5, 2.0)
 _REST_SECONDS = 10.0
 """A server that did not answer is asked last for this long."""
 _CONNECT_SECONDS = 5.0
+_FINAL = (400, 401, 413, 415)
+"""Statuses that mean the request itself, which all servers would refuse alike."""
 _AT_ONCE = 2
 """Requests to a server under way: one is scored while the next one travels."""
 PICTURE_TYPE = 1
@@ -71,11 +73,10 @@ async def remote(
     `server_timeout_s`.
     `token_file` holds the bearer token. `pictures` names columns that hold paths of pictures (the
     `source` of an edit): the pictures are sent instead, since servers open no paths.
-    Raises RewardError if no server answers or one refuses the request.
+    Raises RewardError if no server answers or one refuses the request (400, 401, 413, 415).
     """
-    for name, given in (("servers", servers), ("pictures", pictures)):
-        if isinstance(given, str):
-            raise RewardError(f"reward `remote`: {name} is a text. Fix: write a list, [{given}].")
+    if isinstance(servers, str):
+        raise RewardError(f"reward `remote`: servers is a text. Fix: write a list, [{servers}].")
     body = await asyncio.to_thread(_packed, images, prompts, columns, pictures)
     headers = {"Content-Type": "application/msgpack"}
     if token_file is not None:
@@ -130,7 +131,7 @@ async def _ask(
             finally:
                 server.busy -= 1
             problem = f"{server.url} answered {answer.status_code}: {answer.text[:200]}"
-            if answer.status_code < 500:
+            if answer.status_code in _FINAL:
                 raise RewardError(problem)
     raise RewardError(f"no server gave scores; the last problem: {problem}")
 

@@ -12,7 +12,8 @@ and is never split.
 A call that did not come back (it hung, or its process ended) costs its time limit. After two such
 batches the pictures are tried singly, in shuffled order, and after eight such pictures the rest is
 given up unless more came back than did not. So a reward that always hangs costs ten time limits a
-round, and pictures on which it hangs cost only their own scores, up to half of the round.
+round (a coroutine that blocks its thread twice as many, see `rewards.hosting`), and pictures on
+which it hangs cost only their own scores, up to half of the round.
 
 A reward that has given no picture a score three times in a row (a judge that is down) is first
 tried on up to three pictures, and asked for the rest only if one of them gets a score.
@@ -28,7 +29,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +82,9 @@ class _Part:
     function: RewardFunction
     host: Host
     processes: int
-    identity: str
+    identity: str  # empty where no score may be kept
     failed_rounds: int = 0
+    broken: BrokenContract | None = None  # while set, what it says of one picture is no score
     seconds: float = 0.0
 
 
@@ -138,7 +140,7 @@ class RewardRunner:
                 function,
                 _host(function, spec),
                 max(1, spec.workers),
-                reward_identity(function) if cache else "",
+                reward_identity(function) if cache and function.cacheable else "",
             )
             for name, function, spec in zip(names, functions, specs, strict=True)
         ]
@@ -170,11 +172,9 @@ class RewardRunner:
 
     def check_records(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Raise RewardError, naming the record, if some reward cannot score a prompt record."""
-        opened = self.path_columns
         for record in records:
-            paths = {key: self._path(record[key]) for key in opened & record.keys()}
             for part in self._parts:
-                part.function.check_record({**record, **paths})
+                part.function.check_record(part.function.with_paths(record, self._folder))
 
     def score(
         self,
@@ -189,7 +189,7 @@ class RewardRunner:
         decides scheduled weights. Raises RewardError only if the lengths differ; whatever a reward
         does becomes a None with a reason.
         """
-        columns = self._with_paths(columns or {})
+        columns = columns or {}
         lengths = {"prompts": len(prompts), **{key: len(v) for key, v in columns.items()}}
         for key, length in lengths.items():
             if length != len(images):
@@ -218,34 +218,27 @@ class RewardRunner:
         Nothing is retried, so that a reward's own behaviour shows.
         """
         results = {}
-        call = Call(images, prompts, self._with_paths(columns))
         for part in self._parts:
+            call = Call(images, prompts, part.function.with_paths(columns, self._folder))
             started = time.perf_counter()
             [outcome] = part.host.run([call], Patience(1))
             results[part.name] = (outcome, time.perf_counter() - started)
         return results
 
     def close(self) -> None:
-        """Let threads and processes end. Calls that were left behind end with this process."""
-        self._drivers.shutdown()
+        """Let threads and processes end, also in the middle of a round (Ctrl-C).
+
+        Calls that were left behind end with this process.
+        """
         for part in self._parts:
             part.host.close()
+        self._drivers.shutdown()
 
     def __enter__(self) -> "RewardRunner":
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-    def _with_paths(self, columns: Mapping[str, Sequence[Any]]) -> dict[str, Sequence[Any]]:
-        opened = self.path_columns
-        return {
-            key: list(map(self._path, values)) if key in opened else values
-            for key, values in columns.items()
-        }
-
-    def _path(self, value: Any) -> Any:
-        return str(self._folder / value) if isinstance(value, str) else value
 
     def _combined(self, scores: Sequence[Score], step: int) -> Scored:
         pairs = list(zip(self.names, scores, strict=True))
@@ -261,9 +254,10 @@ class RewardRunner:
 
     def _score_part(self, part: _Part, batch: _Batch) -> list[Score]:
         started = time.perf_counter()
+        batch = replace(batch, columns=part.function.with_paths(batch.columns, self._folder))
         scores = {place: Score(None, problem) for place, problem in batch.unusable.items()}
         places = [place for place in range(len(batch.images)) if place not in scores]
-        if self._cache is None or not part.function.cacheable:
+        if self._cache is None or not part.identity:
             scores |= self._judge(part, batch, places)
         else:
             scores |= self._judge_new(self._cache, part, batch, places)
@@ -298,7 +292,8 @@ class RewardRunner:
             return {}
         whole = part.function.whole_batch
         scores: dict[int, Score] = {}
-        if part.failed_rounds >= _BREAK_AFTER and len(places) > _PROBES and not whole:
+        probed = part.failed_rounds >= _BREAK_AFTER and not part.broken and not whole
+        if probed and len(places) > _PROBES:
             step = len(places) // _PROBES
             probes = places[part.failed_rounds % step :: step][:_PROBES]  # others every time
             scores, reasons = _call(part, batch, probes, 1)
@@ -351,8 +346,16 @@ def _call(
     scores: dict[int, Score] = {}
     failed: dict[int, str] = {}
     outcomes = part.host.run(list(map(batch.call, chunks)), patience)
+    several = [outcome for chunk, outcome in zip(chunks, outcomes, strict=True) if len(chunk) > 1]
+    if any(isinstance(outcome, list) for outcome in several):
+        part.broken = None
+    else:
+        broken = (outcome for outcome in several if isinstance(outcome, BrokenContract))
+        part.broken = next(broken, part.broken)
     for chunk, outcome in zip(chunks, outcomes, strict=True):
-        if isinstance(outcome, str):
+        if part.broken and len(chunk) == 1:
+            failed |= dict.fromkeys(chunk, part.broken)
+        elif isinstance(outcome, str):
             failed |= dict.fromkeys(chunk, outcome)
         else:
             scores |= zip(chunk, outcome, strict=True)

@@ -110,12 +110,12 @@ class RewardService:
         self._metrics.waiting.set(self._waiting)
         try:
             body = await self._body(request)
-            # Unpacking and decoding take a while: not in the loop that answers /health.
-            pictures = _Pictures(self._limits)
-            job = await asyncio.to_thread(_read_job, body, self._limits, pictures)
-            _refuse_paths(job, self._runner.path_columns)
-            images = await asyncio.to_thread(_decoded, job.images, pictures)
-            async with self._turn:
+            async with self._turn:  # pictures take much more memory than their bytes: one at a time
+                pictures = _Pictures(self._limits)
+                # Unpacking and decoding take a while: not in the loop that answers /health.
+                job = await asyncio.to_thread(_read_job, body, self._limits, pictures)
+                _refuse_paths(job, self._runner.path_columns)
+                images = await asyncio.to_thread(_decoded, job.images, pictures)
                 started = time.perf_counter()
                 scored = await asyncio.to_thread(
                     self._runner.score, images, job.prompts, job.columns
@@ -139,11 +139,12 @@ class RewardService:
             {
                 "value": one.parts[name],
                 "reason": one.reasons.get(name, ""),
-                "details": _sendable(one.details.get(name, {})),
+                "details": one.details.get(name, {}),
             }
             for one in scored
         ]
-        content = msgpack.packb({"reward": name, "scores": scores})
+        # An integer over 64 bits, which msgpack lacks, travels as text.
+        content = msgpack.packb({"reward": name, "scores": scores}, default=str)
         return Response(content, media_type=MSGPACK)
 
     async def _body(self, request: Request) -> bytes:
@@ -266,9 +267,9 @@ def _read_job(body: bytes, limits: Limits, pictures: _Pictures) -> _Job:
 
 
 def _refuse_paths(job: _Job, columns: Iterable[str]) -> None:
-    """Refuse text where the reward would open it as a file of this machine."""
+    """Refuse all but pictures where the reward would open a file of this machine."""
     for name in columns:
-        if any(isinstance(value, str) for value in job.columns.get(name, [])):
+        if not all(isinstance(x, Image.Image | None) for x in job.columns.get(name, [])):
             raise _Refused(
                 400,
                 f"columns.{name}: a server opens no paths. Fix: send the pictures "
@@ -285,15 +286,6 @@ def _decoded(encoded: Sequence[bytes], pictures: _Pictures) -> list[Any]:
         except DataError as error:
             images.append(error)
     return images
-
-
-def _sendable(details: dict[str, Any]) -> dict[str, Any]:
-    """Return details, or none if an integer in them has over 64 bits, which msgpack lacks."""
-    try:
-        msgpack.packb(details)
-    except OverflowError:
-        return {}
-    return details
 
 
 def _refusal(status: int, reason: str) -> Response:

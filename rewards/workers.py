@@ -18,7 +18,7 @@ from typing import Any
 from common.errors import RewardError
 from common.heavy import prepare_torchvision
 from rewards.contract import RewardFunction
-from rewards.hosting import Call
+from rewards.hosting import CLOSED, Call
 from rewards.outcomes import Lost, Outcome, Patience, outcome_of, told, too_late
 from rewards.plugins import load_reward
 
@@ -61,29 +61,38 @@ class WorkerHost:
             ) from error
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         self._workers = [_Worker(task, timeout_s) for _ in range(count)]
+        self._busy: set[_Worker] = set()
+        self._closed = False
         for worker in self._workers:
             self._idle.put(worker)
         self._drivers = ThreadPoolExecutor(count, thread_name_prefix=f"reward-{function.name}")
 
     def run(self, calls: Sequence[Call], patience: Patience) -> list[Outcome]:
         """Return what each call came to, in order."""
+        if self._closed:
+            return [CLOSED] * len(calls)
         return list(self._drivers.map(lambda call: self._run_one(call, patience), calls))
 
     def close(self) -> None:
-        """End the processes."""
+        """End the processes, at once those that have a call under way."""
+        self._closed = True
+        for worker in list(self._busy):
+            worker.kill()
         self._drivers.shutdown()
         for worker in self._workers:
             worker.stop()
 
     def _run_one(self, call: Call, patience: Patience) -> Outcome:
-        if patience.over:
-            return patience.reason
+        if patience.over or self._closed:
+            return CLOSED if self._closed else patience.reason
         worker = self._idle.get()
+        self._busy.add(worker)
         try:
             outcome = worker.run(call)
             patience.note(outcome)
             return outcome
         finally:
+            self._busy.discard(worker)
             self._idle.put(worker)
 
 
@@ -113,6 +122,11 @@ class _Worker:
         except Exception as error:  # a column that cannot be sent; what was sent in part is lost
             self.stop()
             return told(error)
+
+    def kill(self) -> None:
+        """End the process under a call, which so comes back; safe from another thread."""
+        if (process := self._process) is not None:
+            process.kill()
 
     def stop(self) -> int | None:
         """Kill the process and return its exit code, that of a crash before the kill if any."""

@@ -48,7 +48,7 @@ class RewardPool:
         step: int = 0,
     ) -> list[Scored]:
         """See `RewardRunner.score`."""
-        shares = np.array_split(np.arange(len(images)), min(self._shares, len(images)))
+        shares = np.array_split(np.arange(len(images)), min(self._shares, len(images) or 1))
         pieces = [
             (
                 [images[i] for i in share],

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rewards.source import source_code
+from rewards.source import file_hash, source_code
 
 
 def option_content(value: str) -> str:
@@ -16,20 +16,15 @@ def option_content(value: str) -> str:
     """
     path = Path(value).expanduser()
     if path.is_file():
-        return f"sha256:{_file_hash(path)}"
+        return f"sha256:{file_hash(path)}"
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.is_file())
-        listing = "".join(f"{file.relative_to(path)} {_file_hash(file)}\n" for file in files)
+        listing = "".join(f"{file.relative_to(path)} {file_hash(file)}\n" for file in files)
         return f"sha256:{hashlib.sha256(listing.encode()).hexdigest()[:16]}"
     return value
 
 
 def source_hash(function: Callable[..., Any]) -> str:
-    """Return a function's name with a hash of its file and of what that imports from beside it."""
+    """Return a function's name with a hash of its code (see `rewards.source`)."""
     digest = hashlib.sha256(source_code(function)).hexdigest()[:16]
     return f"{function.__qualname__} of source {digest}"
-
-
-def _file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]

@@ -133,6 +133,7 @@ def test_reward_actors_score_what_one_process_scores(judges, specs, pictures, ca
     with RewardRunner(specs) as runner:
         expected = runner.score(*asked(pictures))
     caplog.clear()
+    assert judges.score([], [], {}) == []
     found = judges.score(*asked(pictures))
     assert found == expected
     assert found[3].total is None

@@ -10,6 +10,7 @@ from PIL import Image
 
 from common.errors import RewardError
 from rewards import list_rewards, load_reward, plugins, reward
+from rewards.runner import RewardRunner, RewardSpec
 
 PICTURES = [Image.new("RGB", (4, 4)) for _ in range(2)]
 PROMPTS = ["a", "b"]
@@ -243,3 +244,23 @@ def test_an_installed_package_offers_rewards(tmp_path, monkeypatch):
     call = load_reward("p_plug")
     assert call.name == "p_plug"
     assert call(PICTURES, PROMPTS) == [0.25, 0.25]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_modules_beside_a_reward_file_are_found_also_late(tmp_path, monkeypatch, workers):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / f"beside{workers}.py").write_text("HALF = 0.5\n")
+    (tmp_path / f"late{workers}.py").write_text("TWO = 2\n")
+    (tmp_path / "a.py").write_text(
+        f"import beside{workers} as beside\n\n\ndef f(images):\n    import late{workers} as late\n"
+        "    return [beside.HALF * late.TWO] * len(images)\n"
+    )
+    with RewardRunner([RewardSpec(f"{tmp_path}/a.py:f", workers=workers)]) as runner:
+        [one] = runner.score([Image.new("RGB", (8, 8))], [""])
+    assert one.total == 1.0
+
+
+@pytest.mark.parametrize("pictures", [None, 5, "mask", [5]])
+def test_pictures_that_are_no_list_of_columns_are_refused_at_load(pictures):
+    with pytest.raises(RewardError, match=r"pictures is .* write a list"):
+        load_reward("remote", servers=["http://127.0.0.1:1"], pictures=pictures)

@@ -1,9 +1,7 @@
 """The runner: no reward and no picture may spoil another's score."""
 
-import asyncio
 import logging
 import math
-import os
 import sys
 import time
 from importlib.machinery import ModuleSpec
@@ -278,33 +276,6 @@ def test_what_a_coroutine_raises_costs_only_its_own_scores(error):
     assert "oops" in scored[0].reasons["t_awaited_panic"]
 
 
-@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")
-def test_a_coroutine_that_stops_its_loop_costs_only_its_own_scores():
-    @reward(name="t_stops")
-    async def stops(images):
-        asyncio.get_running_loop().stop()
-        await asyncio.sleep(0)
-        return [0.5] * len(images)
-
-    scored = run(RewardSpec("t_stops", timeout_s=0.1), RewardSpec("t_level"))
-    assert parts(scored, "t_stops") == [None] * 6
-    assert parts(scored, "t_level") == [0, 1, 2, 3, 4, 5]
-
-
-def test_a_fork_that_a_reward_forgets_ends():
-    children = []
-
-    @reward(name="t_forks")
-    def forks(images):
-        if child := os.fork():
-            children.append(child)
-        return [0.5] * len(images)
-
-    assert parts(run(RewardSpec("t_forks")), "t_forks") == [0.5] * 6
-    for child in children:
-        assert os.waitpid(child, 0) == (child, 0)
-
-
 def test_the_reason_names_error_and_line():
     @reward(name="t_line")
     def line(images):
@@ -424,6 +395,36 @@ def test_no_rewards_and_unequal_lengths_are_refused():
 
 def test_no_pictures_no_scores():
     assert run(RewardSpec("t_level"), images=[]) == []
+
+
+def test_only_a_reward_that_opens_a_column_gets_paths_below_the_folder(tmp_path):
+    seen = {}
+
+    @reward(name="t_opens", paths=("mask",))
+    def opens(images, mask):
+        seen["opens"] = mask
+        return [0.5] * len(images)
+
+    @reward(name="t_reads")
+    def reads(images, mask):
+        seen["reads"] = mask
+        return [0.5] * len(images)
+
+    masks = ["a.png", "", "https://h/x", ["b.png", "c.png"], None, f"{tmp_path}/d.png"]
+    run(RewardSpec("t_opens"), RewardSpec("t_reads"), columns={"mask": masks}, folder=tmp_path)
+    both = [f"{tmp_path}/b.png", f"{tmp_path}/c.png"]
+    assert seen["opens"] == [f"{tmp_path}/a.png", *masks[1:3], both, None, masks[5]]
+    assert seen["reads"] == masks
+
+
+def test_the_mean_of_a_batch_never_becomes_the_score_of_one_picture():
+    with RewardRunner([RewardSpec("t_batch_mean")]) as runner:
+        for count in (6, 6, 6, 6, 1):  # the fourth round would be a probe, and the last is short
+            scored = runner.score(PICTURES[:count], PROMPTS[:count])
+            assert parts(scored, "t_batch_mean") == [None] * count
+            assert "1 scores for 6 images" in scored[0].reasons["t_batch_mean"]
+    scored = run(RewardSpec("t_batch_mean"), images=PICTURES[:3], batch_size=2)
+    assert parts(scored, "t_batch_mean") == [None] * 3  # calls of two and of one
 
 
 def test_a_missing_column_is_named():

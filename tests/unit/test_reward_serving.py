@@ -1,10 +1,12 @@
 """A reward behind HTTP, and its client: over a real socket where the network is the point."""
 
 import contextlib
+import functools
 import io
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import msgpack
@@ -15,6 +17,7 @@ from starlette.testclient import TestClient
 
 from cli.main import main
 from common.errors import RewardError
+from common.images import open_image
 from rewards import Score, load_reward, reward
 from rewards.runner import RewardRunner, RewardSpec
 from rewards.serving import Limits, build_app
@@ -162,6 +165,9 @@ def editing():
     [
         (msgpack.ExtType(1, picture()), 200, ""),
         ("/etc/passwd", 400, "columns.source: a server opens no paths"),
+        (b"/etc/passwd", 400, "columns.source: a server opens no paths"),
+        (["/etc/passwd"], 400, "columns.source: a server opens no paths"),
+        ({"a": "/etc/passwd"}, 400, "columns.source: a server opens no paths"),
         (msgpack.ExtType(1, b"GIF89a"), 400, "not a whole"),
         (msgpack.ExtType(1, picture(width=19)), 413, "99 pixels"),
         (msgpack.ExtType(2, picture()), 400, "type 2"),
@@ -204,17 +210,23 @@ def test_the_client_sends_the_sources_of_edits(serve, tmp_path):
     assert "lack the column `source`" in one.reasons["remote"]
 
 
-@pytest.mark.parametrize("details", [{"n": 10**30}, {"n": [-(10**19)]}])
-def test_details_that_cannot_be_sent_cost_no_score(details):
+def test_a_server_that_is_something_else_does_not_end_the_call(serve):
+    address = serve("s_red")
+    scored = remote_scores(2, batch_size=1, servers=[f"{address}/wrong", address])
+    assert [one.total for one in scored] == [0.0, pytest.approx(1 / 255)]
+
+
+@pytest.mark.parametrize("number", [10**20, -(10**20)])
+def test_integers_over_64_bits_travel_as_text(number):
     @reward(name="s_details")
     def with_details(images):
-        return [Score(0.5, "as asked", details)] * len(images)
+        return [Score(0.5, "as asked", {"n": [number]})] * len(images)
 
     with RewardRunner([RewardSpec("s_details")]) as runner:
         client = TestClient(build_app(runner), base_url="http://127.0.0.1:8765")
         answer = client.post("/score", content=job([picture()]), headers=TYPE)
     assert msgpack.unpackb(answer.content)["scores"] == [
-        {"value": 0.5, "reason": "as asked", "details": {}}
+        {"value": 0.5, "reason": "as asked", "details": {"n": [f"{number}"]}}
     ]
 
 
@@ -231,6 +243,31 @@ def test_health_and_metrics(client):
         "atelier_reward_scoring_seconds_count 1.0",
     ):
         assert line in text
+
+
+def test_pictures_of_waiting_requests_are_not_opened_yet(monkeypatch, serve):
+    opened, called, release = [], threading.Event(), threading.Event()
+
+    @reward(name="s_held")
+    def held(images):
+        called.set()
+        release.wait(10)
+        return [0.5] * len(images)
+
+    counted = lambda *x: opened.append(x) or open_image(*x)  # noqa: E731
+    monkeypatch.setattr("rewards.serving.open_image", counted)
+    address = serve("s_held")
+    ask = functools.partial(httpx.post, f"{address}/score", content=job([picture()]), headers=TYPE)
+    with ThreadPoolExecutor(3) as clients:
+        replies = [clients.submit(ask) for _ in range(3)]
+        assert called.wait(10)
+        while "waiting_requests 3.0" not in httpx.get(f"{address}/metrics").text:
+            time.sleep(0.01)
+        time.sleep(0.2)
+        seen = len(opened)
+        release.set()
+    assert seen == 1
+    assert [reply.result().status_code for reply in replies] == [200] * 3
 
 
 def test_a_token_is_asked_for_everywhere_but_at_health():

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import sqlite3
+import threading
 import time
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from PIL import Image
 
 from common.errors import RewardError
 from rewards import Score, load_reward, reward
-from rewards.cache import ScoreCache, reward_identity
+from rewards.cache import ScoreCache, reward_identity, score_key
 from rewards.contract import RewardFunction, Traits
 from rewards.runner import RewardRunner, RewardSpec
 
@@ -60,6 +61,14 @@ def slow(images):
     time.sleep(0.5)
     return [0.0] * len(images)
 '''
+STUCK = """
+import pathlib, time
+
+def stuck(images, prompts):
+    pathlib.Path(prompts[0]).touch()
+    while pathlib.Path(prompts[0]).exists():
+        time.sleep(0.01)
+"""
 TROUBLE = {
     "crash": "ended with code -11",
     "exit": "ended with code 7",
@@ -149,6 +158,26 @@ def test_interrupting_the_run_leaves_its_processes_alone(file):
         time.sleep(0.2)
         again = runner.score(pictures(1), [""])[0]
         assert again.details["odd"]["pid"] == pid
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_ctrl_c_does_not_wait_for_a_reward_that_hangs(tmp_path, workers):
+    (tmp_path / "stuck.py").write_text(STUCK)
+    spec = RewardSpec(f"{tmp_path}/stuck.py:stuck", timeout_s=60, workers=workers)
+    runner = RewardRunner([spec])
+
+    def interrupt():
+        while not (tmp_path / "called").exists():
+            time.sleep(0.01)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        runner.score(pictures(8), [str(tmp_path / "called")] * 8)
+    started = time.perf_counter()
+    runner.close()
+    assert time.perf_counter() - started < 5
+    (tmp_path / "called").unlink()  # lets the thread end
 
 
 def test_one_picture_on_which_a_reward_hangs_costs_only_its_own_score(file):
@@ -387,6 +416,41 @@ def test_a_replaced_file_is_scored_again(tmp_path):
             source.write_bytes(bytes(length))
             scored = runner.score(pictures(1), [""], {"source": [str(source)]})
             assert parts(scored, "w_file") == [length]
+
+
+def test_a_file_counts_the_same_however_its_path_is_spelt(tmp_path):
+    (tmp_path / "source.txt").write_bytes(b"same")
+    spelt = [str(tmp_path / "source.txt"), f"{tmp_path}/./source.txt"]
+    keys = {score_key("", "", "", {"source": x}, ("source",)) for x in spelt}
+    assert len(keys) == 1
+
+
+def test_a_replaced_file_among_the_arguments_is_scored_again(tmp_path):
+    weights = tmp_path / "weights.bin"
+
+    @reward(name="w_weights")
+    def weigh(images, *, networks):
+        return [len(Path(networks["own"]).read_bytes())] * len(images)
+
+    cache = ScoreCache()
+    spec = RewardSpec("w_weights", args={"networks": {"own": str(weights)}})
+    for length in (3, 5):
+        weights.write_bytes(bytes(length))
+        with RewardRunner([spec], cache=cache) as runner:
+            assert parts(runner.score(pictures(1), [""]), "w_weights") == [length]
+
+
+def test_a_function_that_is_in_no_file_is_never_cached():
+    cache = ScoreCache()
+    for value in (1.0, 2.0):
+
+        @reward(name="w_cell")
+        def cell_score(images, value=value):
+            return [value] * len(images)
+
+        cell_score.__code__ = cell_score.__code__.replace(co_filename="<cell>")
+        with RewardRunner([RewardSpec("w_cell")], cache=cache) as runner:
+            assert parts(runner.score(pictures(1), [""]), "w_cell") == [value]
 
 
 def test_scores_that_depend_on_what_is_elsewhere_are_not_kept():

@@ -1,7 +1,6 @@
 """What tells one score from another in the cache."""
 
-import importlib
-import sys
+import sysconfig
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,8 @@ from PIL import Image
 from rewards.cache import image_digest, score_key
 from rewards.plugins import load_reward
 from rewards.source import source_code
+
+GOOD = "def good(images): return [1.0] * len(images)\n"
 
 
 def test_pictures_are_told_by_their_colours_not_by_palette_places():
@@ -49,62 +50,60 @@ def test_what_cannot_be_told_is_never_the_same():
     assert key(nameless) != key(nameless)
 
 
-@pytest.fixture
-def package(tmp_path: Path) -> Path:
-    """A package whose reward imports a module that imports another; a stranger lies beside it."""
-    folder = tmp_path / "mine"
-    (folder / "deep").mkdir(parents=True)
-    (folder / "__init__.py").write_text("")
-    (folder / "deep" / "__init__.py").write_text("")
-    (folder / "deep" / "warm.py").write_text("from ..marks import MARK\nimport stranger\n")
-    (folder / "marks.py").write_text("MARK = 1\n")
-    (folder / "unused.py").write_text("")
-    (folder / "good.py").write_text("import numpy\n\nfrom mine.deep import warm\n\n\n"
-                                    "def good(images, prompts):\n    return [1.0]\n")  # fmt: skip
-    (tmp_path / "stranger.py").write_text("")
-    return folder
-
-
 @pytest.mark.parametrize(
     ("changed", "noticed"),
     [
         ("good.py", True),
-        ("deep/warm.py", True),
-        ("marks.py", True),
-        ("unused.py", False),
-        ("../stranger.py", False),  # another package, such as an installed library
+        ("beside.py", True),
+        ("new.py", True),
+        ("notes.txt", False),
+        ("below/deep.py", False),
+        ("../stranger.py", False),
     ],
 )
-def test_a_change_in_what_a_reward_imports_is_noticed(
-    package: Path, monkeypatch: pytest.MonkeyPatch, changed: str, noticed: bool
+def test_a_change_in_the_folder_of_a_reward_is_noticed(
+    tmp_path: Path, changed: str, noticed: bool
 ) -> None:
-    monkeypatch.syspath_prepend(package.parent)
-    good = importlib.import_module("mine.good").good
-    for name in [name for name in sys.modules if name.split(".")[0] in ("mine", "stranger")]:
-        del sys.modules[name]
-    before = source_code(good)
-    assert before == source_code(good)
-    with (package / changed).open("a") as file:
+    folder = tmp_path / "mine"
+    (folder / "below").mkdir(parents=True)
+    (folder / "good.py").write_text(GOOD)
+    (folder / "beside.py").write_text("X = 1\n")
+    function = load_reward(f"{folder}/good.py:good").function
+    before = source_code(function)
+    assert before == source_code(function)
+    with (folder / changed).open("a") as file:
         file.write("\n# another\n")
-    assert (source_code(good) != before) is noticed
+    assert (source_code(function) != before) is noticed
 
 
 def test_a_file_alone_counts_the_same_wherever_it_lies(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / f"{name}.py").write_text("import numpy\ndef good(): ...\n")
+        (tmp_path / name / f"{name}.py").write_text(GOOD)
     first, second = (
         source_code(load_reward(f"{tmp_path / name / name}.py:good").function)
         for name in ("a", "b")
     )
-    assert first == second == b"import numpy\ndef good(): ...\n"
+    assert first == second == GOOD.encode()
 
 
-def test_a_module_beside_a_file_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "mine.py").write_text("import helper_of_mine\ndef good(): ...\n")
-    (tmp_path / "helper_of_mine.py").write_text("X = 1\n")
-    function = load_reward(f"{tmp_path}/mine.py:good").function
+def test_a_linked_file_belongs_to_the_folder_of_the_link(tmp_path: Path) -> None:
+    for name in ("store", "mine"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "store" / "good.py").write_text(GOOD)
+    (tmp_path / "mine" / "good.py").symlink_to(tmp_path / "store" / "good.py")
+    function = load_reward(f"{tmp_path}/mine/good.py:good").function
     before = source_code(function)
-    (tmp_path / "helper_of_mine.py").write_text("X = 2\n")
+    (tmp_path / "store" / "other.py").write_text("")
+    assert source_code(function) == before
+    (tmp_path / "mine" / "other.py").write_text("")
     assert source_code(function) != before
+
+
+def test_a_single_module_of_site_packages_counts_alone() -> None:
+    import typing_extensions
+
+    file = Path(typing_extensions.__file__)
+    if str(file.parent) != sysconfig.get_path("purelib"):
+        pytest.skip("typing_extensions is not installed as a single file in site-packages")
+    assert source_code(typing_extensions.IntVar) == file.read_bytes()

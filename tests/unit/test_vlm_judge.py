@@ -13,7 +13,7 @@ from PIL import Image
 
 from common.errors import RewardError
 from rewards import load_reward
-from rewards.judge_client import parse_object
+from rewards.judge_client import Judge, parse_object
 from rewards.runner import RewardRunner, RewardSpec
 
 
@@ -147,6 +147,11 @@ def test_a_broken_cached_answer_is_asked_for_again(server, tmp_path, content):
     assert score.value == pytest.approx(0.7)
     assert len(server.requests) == 2
     assert json.loads(file.read_text()) == {"score": 7, "reason": "nearly"}
+
+
+def test_one_price_for_two_kinds_of_tokens_is_refused():
+    with pytest.raises(RewardError, match=r"usd_per_million is 5.*price of input and of output"):
+        Judge("http://127.0.0.1:1/v1", "m", usd_per_million=5)
 
 
 def test_answers_are_cached(server, tmp_path):
