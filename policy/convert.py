@@ -40,8 +40,10 @@ def convert(checkpoint: Path, diffusion: str, image_tokenizer: Path, out: Path) 
 
     `diffusion` is a folder or hub repository with the configs `transformer`, `vae` and `scheduler`,
     `image_tokenizer` the published ta_tok.pth. Weights keep their stored type. Raises `PolicyError`
-    that names the file, key or tensor, before anything is written; `out` must not exist.
+    that names the file, key or tensor, and then leaves nothing; `out` must not exist.
     """
+    if not checkpoint.is_dir():
+        raise PolicyError(f"{checkpoint} is not a folder.\n    Fix: give that of the checkpoint.")
     facts = read_json(checkpoint / "config.json")
     for key in (*_IDS, "image_end_token_id", "num_image_tokens", "num_scale_tokens", *_SIZES):
         if key not in facts:
@@ -392,5 +394,7 @@ def _save_scheduler(diffusion: str, folder: Path) -> None:
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(found)
     folder.mkdir()
     facts = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
-    facts |= {key: value for key, value in scheduler.config.items() if key in known}
+    facts |= {
+        key: value for key, value in scheduler.config.items() if key in known and key[0] != "_"
+    }
     (folder / "scheduler_config.json").write_text(json.dumps(facts, indent=2) + "\n")

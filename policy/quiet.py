@@ -45,10 +45,13 @@ def quiet_libraries() -> Iterator[None]:
 
 @contextmanager
 def refused_as(what: str, fix: str) -> Iterator[None]:
-    """Turn whatever a library raises, which has no common error, into a PolicyError."""
+    """Turn what a library raises of bad input, which has no common error, into a PolicyError.
+
+    Too little memory and a package that is not there are no faults of the input.
+    """
     try:
         yield
-    except PolicyError:
+    except (PolicyError, MemoryError, ImportError):
         raise
     except Exception as error:
         told = " ".join(f"{type(error).__name__}: {error}".split())[:300]

@@ -128,13 +128,13 @@ class CaptionedSection(Section):
     @model_validator(mode="after")
     def _scene_world_only(self) -> Self:
         shards, edits = self.source != "scenes", self.references > 0
-        for key, given in (
-            ("tasks", self.tasks is not None),
-            ("caption_noise", self.caption_noise),
+        for key, given, off in (
+            ("tasks", self.tasks is not None, "null"),
+            ("caption_noise", self.caption_noise, "0"),
         ):
             if given and (shards or edits):
                 what = "Shards have" if shards else "Edits of the scene world have"
-                raise cross_error(key, f"{what} no {key}.", "remove the key.")
+                raise cross_error(key, f"{what} no {key}.", f"set data.{key}={off}.")
         if self.workers and not shards:
             raise cross_error(
                 "workers",

@@ -230,9 +230,10 @@ def change_that_fits(
 def checkpoint_bytes(recipe: PretrainRecipe, anatomy: Anatomy, stage: int) -> int:
     """Return the bytes of a checkpoint: trained weights, optimizer states, moving average.
 
-    DeepSpeed writes all weights but the codecs' beside them, the frozen ones too.
+    DeepSpeed writes all weights but the codecs' beside them; with ZeRO-3, the frozen of them.
     """
     resident = pretrain_memory(recipe, anatomy, Sharding(1, stage)).resident
     # Gradients are as wide as the weights that are written.
     keys = ["gradients", "optimizer states", "moving average", *(["weights"] if stage else [])]
-    return sum(resident.get(key, 0) for key in keys)
+    again = resident["gradients"] if stage == 3 else 0
+    return sum(resident.get(key, 0) for key in keys) - again

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from common.errors import PolicyError
 from policy.convert import convert
+from policy.quiet import refused_as
 
 CONFIG = "checkpoint/config.json"
 SANA = "diffusion/transformer/config.json"
@@ -179,3 +180,21 @@ def test_a_tokenizer_of_another_kind_is_refused(kind, published):
     told = refusal(published)
     assert str(published / "checkpoint") in told
     assert "tokenizer" in told
+
+
+def test_a_mistyped_checkpoint_is_no_folder(published):
+    (published / "checkpoint").rename(published / "another")
+    assert f"{published / 'checkpoint'} is not a folder" in refusal(published)
+
+
+@pytest.mark.parametrize("kind", [MemoryError, ImportError])
+def test_what_the_file_is_not_to_blame_for_passes(kind):
+    with pytest.raises(kind), refused_as("the file cannot be read", "download it again."):
+        raise kind
+
+
+def test_the_scheduler_has_only_what_it_was_given(published):
+    out = published.parent / "policy"
+    convert(published / "checkpoint", str(published / "diffusion"), published / "ta_tok.pth", out)
+    stored = json.loads((out / "scheduler" / "scheduler_config.json").read_text())
+    assert [key for key in stored if key.startswith("_")] == ["_class_name"]

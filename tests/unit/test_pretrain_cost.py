@@ -312,6 +312,7 @@ def test_with_zero_a_checkpoint_has_the_frozen_weights_too(base):
     joint = sum(base.parameters[part] for part in ("ar", "connector", "diffusion"))
     assert checkpoint_bytes(recipe, base, 0) == 4 * 3 * learns
     assert checkpoint_bytes(recipe, base, 1) == 4 * (4 * learns + joint)
+    assert checkpoint_bytes(recipe, base, 3) == 4 * (4 * learns + joint - learns)
 
 
 def test_a_part_that_the_policy_lacks_is_named(capsys):

@@ -365,3 +365,11 @@ def test_any_edit_of_a_recipe_ends_in_a_recipe_or_a_recipe_error(tmp_path, posit
 def test_any_name_ends_in_a_recipe_error(name, suffix):
     with pytest.raises(RecipeError):
         load_recipe("zz" + name + suffix)
+
+
+def test_the_fix_for_tasks_of_shards_works_for_a_shipped_recipe():
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("tiny/sft", ["data.source=shards"])
+    [problem] = caught.value.problems
+    assert problem.fix == "set data.tasks=null."
+    load_recipe("tiny/sft", ["data.source=shards", "data.tasks=null"])
