@@ -223,7 +223,8 @@ class LineProgress:
             return
         seconds = time.monotonic() - state.started
         if seconds >= _SILENT_SECONDS:
-            self.line(f"{task} {_count(state)}  done in {duration(seconds)}")
+            counted = f" {_count(state)}" if state.done or state.total else ""
+            self.line(f"{task}{counted}  done in {duration(seconds)}")
 
     def line(self, text: str) -> None:
         """Print one line."""

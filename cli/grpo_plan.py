@@ -243,7 +243,7 @@ def show_memory(rows: list[dict[str, Any]]) -> None:
     table += [(f"+ {name} (estimate)", [row["phases"][name] for row in rows]) for name in phases]
     table.append(("peak: one + at a time", [row["peak"] for row in rows]))
     for name, values in table:
-        console.say(table_line(name, [f"{value / 1e9:.3g}" for value in values]))
+        console.say(table_line(name, [gigabytes(value) for value in values]))
 
 
 def _show_options(facts: dict[str, Any]) -> None:
@@ -271,25 +271,30 @@ def _show_options(facts: dict[str, Any]) -> None:
 
 def table_line(name: str, cells: list[str], indent: str = "  ") -> str:
     """A row of a table whose columns fit a terminal."""
-    return f"{indent}{name}".ljust(24) + "".join(f"{cell:>11}" for cell in cells).rstrip()
+    return f"{indent}{name}".ljust(24) + "".join(f" {cell:>10}" for cell in cells).rstrip()
 
 
 def show_verdict(verdict: dict[str, Any]) -> None:
     """Print whether it fits, and the change with which it would."""
     from cli import console
 
-    needs = f"{verdict['needs'] / 1e9:.3g} of {verdict['capacity'] / 1e9:.3g} GB"
+    needs = f"{gigabytes(verdict['needs'])} of {gigabytes(verdict['capacity'])} GB"
     where = verdict["device"]
     if verdict["fits"]:
         console.say(f"fits: {needs} of {where}", style="green")
         return
     fix = verdict["fix"]
     if fix:
-        what = f"{fix['change']} ({fix['needs'] / 1e9:.3g} GB)"
+        what = f"{fix['change']} ({gigabytes(fix['needs'])} GB)"
     else:
         what = "use a device with more memory."
     console.say(f"does not fit: {needs} of {where} for {verdict['decided_by']}", style="yellow")
     console.say(f"    Fix: {what}", style="green")
+
+
+def gigabytes(count: float) -> str:
+    """Such as `51.6` or `1,960`."""
+    return f"{count / 1e9:.3g}" if count < 999.5e9 else f"{count / 1e9:,.0f}"
 
 
 def operations(count: float) -> str:

@@ -175,9 +175,11 @@ def pretrain_memory(recipe: PretrainRecipe, anatomy: Anatomy, sharding: Sharding
         update += min(_LIVE, joint) * width if stage == 3 else 0
     elif train.bf16:
         update += 2 * joint  # autocast's copies
-    at_once = min(pictures, ENCODED_AT_ONCE)
-    encoding = autoencoder_buffers(anatomy, at_once, _SINGLE, "encoder")
-    return Memory(resident, {"encoding": encoding, "update": update})
+    phases = {"update": update}
+    if recipe.loss.flow_matching:
+        at_once = min(pictures, ENCODED_AT_ONCE)
+        phases = {"encoding": autoencoder_buffers(anatomy, at_once, _SINGLE, "encoder")} | phases
+    return Memory(resident, phases)
 
 
 def _kept(recipe: PretrainRecipe, anatomy: Anatomy, width: int, narrow: int) -> int:

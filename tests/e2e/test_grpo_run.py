@@ -22,7 +22,7 @@ STEP_LINE = re.compile(
 )
 OTHER_LINES = (
     STEP_LINE,
-    re.compile(r"(load|train) \d+(/\d+)?  done in [0-9.hms ]+"),
+    re.compile(r"(load|train \d+/\d+)  done in [0-9.hms ]+"),
     re.compile(r"step \d+: held-out (\d\.\d{3}|None)"),
     # vLLM's C++ part, on a machine whose memory it binds.
     re.compile(r"\[W.*NUMA binding.*"),

@@ -103,3 +103,12 @@ def test_bars_show_facts_and_are_taken_away_when_an_error_comes(tmp_path):
 def test_color_is_left_out_on_request_and_when_piped(capsys):
     console.error("x.yaml is wrong\n    Fix: do this")
     assert capsys.readouterr().err == "error: x.yaml is wrong\n    Fix: do this\n"
+
+
+def test_a_task_without_a_count_ends_without_a_number(monkeypatch, capsys):
+    times = iter([0.0, 9.0])
+    monkeypatch.setattr(console.time, "monotonic", lambda: next(times))
+    lines = console.LineProgress(Console(file=sys.stdout))
+    lines.start("load", None)
+    lines.finish("load")
+    assert capsys.readouterr().out == "load  done in 9s\n"

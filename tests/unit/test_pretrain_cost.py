@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from cli import machine
+from cli.grpo_plan import gigabytes, table_line
 from cli.main import main
 from policy import base_path
 from policy.anatomy import read_anatomy
@@ -338,3 +339,13 @@ def test_one_change_is_named_where_memory_is_short(monkeypatch, capsys):
     assert after["needs"] == found["fix"]["needs"] < needs
     monkeypatch.setattr(machine, "memory_bytes", lambda: 10**9)
     assert verdict()["fix"] is None
+
+
+def test_without_flow_matching_no_latents_are_made(base):
+    recipe = recipe_of("tiny/pretrain", "policy.path=base", "loss.flow_matching=0")
+    assert list(pretrain_memory(recipe, base, Sharding()).phases) == ["update"]
+
+
+def test_wide_cells_of_a_table_stay_apart():
+    assert table_line("null", ["527 neither", "1527 neither"]).endswith("527 neither 1527 neither")
+    assert [gigabytes(count) for count in (51.58e9, 999.9e9, 1.96e12)] == ["51.6", "1,000", "1,960"]
