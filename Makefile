@@ -30,9 +30,9 @@ check: .venv/ready
 
 # pytest comes last, so that its closing line is the last line. It fails when no test ran. Two workers of
 # one thread each: the tests are full of tiny matrices and of processes that would fight over two cores.
-# A file stays with one worker, whose fixtures hold engines and policies.
+# A file stays with one worker, whose fixtures hold engines and policies; the long ones come first.
 test: check
-	@OMP_NUM_THREADS=1 $(python) -m pytest -n 2 --dist loadfile
+	@OMP_NUM_THREADS=1 $(python) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # One thread and CPU seconds, so that the ratios hold beside other work.
 perf: .venv/ready

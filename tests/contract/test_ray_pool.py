@@ -48,6 +48,7 @@ def pool(spec) -> Iterator[RayPool]:
     place = Placement("rollout", 2, timeout_s=240)
     with ray_cluster(None, [place]):
         pool = RayPool(spec.build, place, torch.float32, events=[], busy=[])
+        pool.actors.await_ready()
         yield pool
         pool.close()
 
