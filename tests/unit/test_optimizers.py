@@ -110,7 +110,11 @@ def test_a_resumed_optimizer_goes_on_bit_for_bit(accelerated):
     optimizer, schedule = parts(second)
     if accelerated:  # what the Hugging Face trainer trains with
         from accelerate import Accelerator
+        from accelerate.state import AcceleratorState, GradientState
 
+        # Whatever ran before in this process: between accumulated batches no optimizer steps.
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
         second, optimizer, schedule = Accelerator(cpu=True).prepare(second, optimizer, schedule)
     optimizer.load_state_dict(state)
     schedule.load_state_dict(when)
