@@ -244,6 +244,7 @@ def die_when_loading(worker) -> None:
 
 
 def test_a_replacement_that_is_lost_as_well_is_replaced(pool, trainer, spec):
+    pool.actors.await_ready()  # with one of them alone the replacement would have to load at once
     push_weights(pool, trainer)
     expected = own_engine(trainer, spec).generate(PROMPTS, N, Sampling(), SEEDS)
     replaced = pool.actors.replaced
