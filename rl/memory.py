@@ -22,9 +22,9 @@ LOGIT_ROWS, LOGIT_COLUMNS = 4096, 16_384
 FORWARD_TILE, BACKWARD_TILE = 12, 29
 """Bytes of a logit in a tile beside itself: three float32, and seven with a mask for the gradient.
 Torch's operations need them; Triton's kernel, used on GPUs where it is installed, needs none."""
-_BUCKET = 500_000_000
+BUCKET = 500_000_000
 """DeepSpeed's default, in values: a bucket of communication."""
-_SINGLE = 4
+SINGLE = 4
 """Bytes of a float32."""
 
 
@@ -63,7 +63,7 @@ class Memory:
 
 def width_of(recipe: GrpoRecipe) -> int:
     """Return the bytes of one weight."""
-    return 2 if recipe.policy.dtype == "bfloat16" else _SINGLE
+    return 2 if recipe.policy.dtype == "bfloat16" else SINGLE
 
 
 def trained_parameters(recipe: GrpoRecipe, anatomy: Anatomy) -> int:
@@ -85,7 +85,7 @@ def grpo_memory(recipe: GrpoRecipe, anatomy: Anatomy, sharding: Sharding | None 
     micro = min(recipe.train.micro_batch or images, images)
     length = anatomy.prompt_tokens + anatomy.num_tokens
     # PEFT keeps adapters in float32 beside a bfloat16 model; DeepSpeed casts them like the rest.
-    own = width if lora is None or sharding.stage else _SINGLE
+    own = width if lora is None or sharding.stage else SINGLE
     tile = min(micro * anatomy.num_tokens, LOGIT_ROWS)
     tile *= min(anatomy.num_image_tokens, LOGIT_COLUMNS)
     decode = recipe.decode.train
@@ -106,7 +106,7 @@ def grpo_memory(recipe: GrpoRecipe, anatomy: Anatomy, sharding: Sharding | None 
             "update": kept
             + tile * (width + BACKWARD_TILE)
             # The head's gradient is added up in float32.
-            + (_SINGLE * anatomy.num_image_tokens * hidden if lora is None else 0)
+            + (SINGLE * anatomy.num_image_tokens * hidden if lora is None else 0)
             + _communication(recipe, anatomy, sharding),
         },
     )
@@ -117,7 +117,7 @@ def _resident(recipe: GrpoRecipe, anatomy: Anatomy, sharding: Sharding, own: int
     lora, counts = recipe.policy.lora, anatomy.parameters
     of_model = counts["ar"] * width + (count * own if lora else 0)
     # ZeRO: float32 weights and two moments beside the model's own (Rajbhandari et al. 2020).
-    states = 3 * _SINGLE * count if sharding.stage else 2 * own * count
+    states = 3 * SINGLE * count if sharding.stage else 2 * own * count
     gradients = own * count
     resident = {
         "weights of ar": of_model,
@@ -141,7 +141,7 @@ def _communication(recipe: GrpoRecipe, anatomy: Anatomy, sharding: Sharding) -> 
     """Return DeepSpeed's buffers: a bucket to reduce and one to gather."""
     if not sharding.stage:
         return 0
-    return 2 * min(_BUCKET, trained_parameters(recipe, anatomy)) * width_of(recipe)
+    return 2 * min(BUCKET, trained_parameters(recipe, anatomy)) * width_of(recipe)
 
 
 # --- sampling ------------------------------------------------------------------------------------
@@ -185,10 +185,10 @@ def _sampling(recipe: GrpoRecipe, anatomy: Anatomy, images: int) -> int:
     if recipe.rollout.engine == "vllm":
         # Its logits are of the whole vocabulary; the cache is resident.
         rows = min(images, vllm_pictures(recipe, anatomy))
-        return 3 * _SINGLE * rows * int(ar.config["vocab_size"])
+        return 3 * SINGLE * rows * int(ar.config["vocab_size"])
     rows = sampler_rows(recipe, images)
     # A token's log-probs in float32 and, to draw from them, twice in float64.
-    drawing = rows * anatomy.num_image_tokens * (_SINGLE + 2 * 8)
+    drawing = rows * anatomy.num_image_tokens * (SINGLE + 2 * 8)
     return sampler_cache(anatomy, rows, recipe.rollout.group_size, width) + drawing
 
 
@@ -206,10 +206,10 @@ def activations(ar: Part, length: int, width: int, lora: LoraSection | None, own
     heads, size = int(config["num_attention_heads"]), int(config["head_dim"])
     queries, keys = heads * size, int(config["num_key_value_heads"]) * size
     # RMS norms work in float32; of a trained one, what its weight is multiplied with is kept.
-    norm = _SINGLE + (width if lora is None else 0)
+    norm = SINGLE + (width if lora is None else 0)
     norms = norm * (2 * hidden + queries + keys)
     # Queries, keys and values repeated for every head, the result, its log-sum-exp, the mask.
-    attention = 4 * width * queries + _SINGLE * heads + width * length
+    attention = 4 * width * queries + SINGLE * heads + width * length
     gate = 3 * width * inner
     inputs = {"q_proj": hidden, "o_proj": queries, "gate_proj": hidden, "down_proj": inner}
     if lora is None:
@@ -267,7 +267,7 @@ def autoencoder_buffers(anatomy: Anatomy, pictures: int, width: int, side: str) 
         if not blocks:
             continue
         cells = (anatomy.latent_size << (stages - 1 - stage)) ** 2
-        here = channels[stage] * cells * (2 * width + max(2 * width, 2 * _SINGLE))
+        here = channels[stage] * cells * (2 * width + max(2 * width, 2 * SINGLE))
         came_in = 0
         if side == "encoder":
             came_in = width * channels[stage] * cells if blocks > 1 else 0

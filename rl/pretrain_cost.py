@@ -21,13 +21,9 @@ from rl.flops import (
     logits_flops,
     tokenizer_flops,
 )
-from rl.memory import Memory, Sharding, activations, autoencoder_buffers
+from rl.memory import BUCKET, SINGLE, Memory, Sharding, activations, autoencoder_buffers
 from rl.sizing import fits
 
-_SINGLE = 4
-"""Bytes of a float32."""
-_BUCKET = 500_000_000
-"""DeepSpeed's default, in values: a bucket of communication."""
 _LIVE = 1_000_000_000
 """DeepSpeed's default, in values: weights that ZeRO-3 holds whole at the same time."""
 _BLOCK = 47
@@ -148,8 +144,8 @@ def pretrain_memory(recipe: PretrainRecipe, anatomy: Anatomy, sharding: Sharding
     """Return what one GPU holds in a run spread as `sharding` says (stage 0: whole copies)."""
     stage, train = sharding.stage, recipe.train
     trained = sum(trained_values(recipe, anatomy).values())
-    width = 2 if stage and train.bf16 else _SINGLE  # of weights and gradients
-    narrow = 2 if train.bf16 else _SINGLE  # of products
+    width = 2 if stage and train.bf16 else SINGLE  # of weights and gradients
+    narrow = 2 if train.bf16 else SINGLE  # of products
     counts = anatomy.parameters
     codecs = counts["image_tokenizer"] + counts["vae"]
     joint = sum(counts.values()) - codecs
@@ -161,24 +157,24 @@ def pretrain_memory(recipe: PretrainRecipe, anatomy: Anatomy, sharding: Sharding
 
     resident = {
         "weights": share(joint * width, 3),
-        "weights of the codecs": codecs * _SINGLE,
+        "weights of the codecs": codecs * SINGLE,
         "gradients": share(trained * width, 2),
         # AdamW's two moments; with ZeRO float32 weights, too (Rajbhandari et al. 2020).
-        "optimizer states": share(trained * _SINGLE * (3 if stage else 2), 1),
+        "optimizer states": share(trained * SINGLE * (3 if stage else 2), 1),
     }
     if train.ema:
-        resident["moving average"] = trained * _SINGLE
+        resident["moving average"] = trained * SINGLE
     pictures = pictures_per_pass(recipe, sharding.gpus)
     update = pictures * _kept(recipe, anatomy, width, narrow)
     if stage:
-        update += 2 * min(_BUCKET, trained) * width
+        update += 2 * min(BUCKET, trained) * width
         update += min(_LIVE, joint) * width if stage == 3 else 0
     elif train.bf16:
         update += 2 * joint  # autocast's copies
     phases = {"update": update}
     if recipe.loss.flow_matching:
         at_once = min(pictures, ENCODED_AT_ONCE)
-        phases = {"encoding": autoencoder_buffers(anatomy, at_once, _SINGLE, "encoder")} | phases
+        phases = {"encoding": autoencoder_buffers(anatomy, at_once, SINGLE, "encoder")} | phases
     return Memory(resident, phases)
 
 
@@ -194,13 +190,13 @@ def _kept(recipe: PretrainRecipe, anatomy: Anatomy, width: int, narrow: int) -> 
     length, kept, for_a_moment = _length(recipe, anatomy), 0, [0]
     if "ar" in recipe.trainable:
         layers, hidden = int(ar.config["num_hidden_layers"]), int(ar.config["hidden_size"])
-        all_layers = activations(ar, length, narrow, lora, width if lora is None else _SINGLE)
+        all_layers = activations(ar, length, narrow, lora, width if lora is None else SINGLE)
         kept += layers * length * hidden * width if checkpointing else all_layers
         for_a_moment.append(all_layers // layers)
     if recipe.loss.cross_entropy:
         # Logits as computed and in float32, their softmax, and the gradients of both.
         for_a_moment.append(
-            anatomy.num_tokens * anatomy.num_image_tokens * (2 * narrow + 2 * _SINGLE)
+            anatomy.num_tokens * anatomy.num_image_tokens * (2 * narrow + 2 * SINGLE)
         )
     if recipe.loss.flow_matching:
         config = anatomy.parts["diffusion"].config

@@ -217,7 +217,7 @@ def test_logits_of_an_update():
     with tracker:
         image_logprobs(hidden, head, codes)[0].sum().backward()
     peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
-    gradient = memory._SINGLE * 512 * 32
+    gradient = memory.SINGLE * 512 * 32
     assert peak == pytest.approx(4 * 36 * 512 * (2 + memory.BACKWARD_TILE) + gradient, rel=0.1)
 
 
