@@ -1,5 +1,8 @@
 """Flow matching with the SANA head: the training loss and the Euler sampler."""
 
+from collections.abc import Callable
+from functools import cache
+
 import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SanaTransformer2DModel
@@ -48,6 +51,7 @@ def sample_latents(
     guidance: float,
     guidance_interval: tuple[float, float] = (0.0, 1.0),
     reference_latents: Tensor | None = None,
+    compiled: bool = False,
 ) -> Tensor:
     """Integrate from `noise` [B, C, S, S] to latents with Euler steps.
 
@@ -55,12 +59,14 @@ def sample_latents(
     what the head makes of them once by the denoiser; guidance 1 leaves the null branch out, and so
     do steps whose noise level (sigma, after the scheduler's shift; 1 = pure noise) lies outside of
     `guidance_interval` (Kynkaanniemi et al., 2024, arXiv 2404.07724; both ends are inside).
-    `reference_latents` [B, C, S, S] are seen in noise space by both branches. A fresh scheduler per
-    call keeps training and sampling from sharing state.
+    `reference_latents` [B, C, S, S] are seen in noise space by both branches. `compiled` steps are
+    those of torch.compile, equal within rounding; their first call takes its time. A fresh
+    scheduler per call keeps training and sampling from sharing state.
     """
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(scheduler_config)
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 1.0 / steps, steps).tolist())
     denoiser = Denoiser(head, conditions, None if guidance == 1.0 else null_conditions)
+    velocities = _compiled() if compiled else Denoiser.velocity
     latents = noise
     width = noise.shape[-1]
     low, high = guidance_interval
@@ -68,13 +74,19 @@ def sample_latents(
         noisy = _beside(latents, reference_latents)
         # The scheduler's float32 would miss an end such as 0.9.
         guided = low <= round(sigma, 6) <= high
-        velocity, null = denoiser.velocity(noisy, timestep, guided)
+        velocity, null = velocities(denoiser, noisy, timestep, guided)
         if null is not None:
             velocity, null = velocity.float(), null.float()
             velocity = null + guidance * (velocity - null)
         velocity = velocity[..., :width].to(latents.dtype)
         latents = scheduler.step(velocity, timestep, latents).prev_sample
     return latents
+
+
+@cache
+def _compiled() -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """Return the denoiser's step as torch compiles it: one for all calls, and all their shapes."""
+    return torch.compile(Denoiser.velocity)
 
 
 def _beside(noisy: Tensor, reference_latents: Tensor | None) -> Tensor:

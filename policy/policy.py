@@ -283,6 +283,7 @@ class Policy(nn.Module):
         steps: int | None = None,
         guidance: float | None = None,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
+        compiled: bool = False,
         references: Tensor | None = None,
         routes: Sequence[str] | None = None,
         seed: int | None = None,
@@ -291,7 +292,7 @@ class Policy(nn.Module):
 
         Give the initial `noise` [B, C, S, S] or a `seed` from which one is drawn per row.
         `references` [B or 1, 3, H, W] in [-1, 1] reach the head by `routes` (default: the
-        policy's), a subset of `policy.config.ROUTES`. `guidance_interval`: see `sample_latents`.
+        policy's), a subset of `policy.config.ROUTES`. The rest is that of `sample_latents`.
         """
         if noise is None:
             noise = self.noise([counter_seed(seed or 0, "noise", i) for i in range(len(hidden))])
@@ -310,6 +311,7 @@ class Policy(nn.Module):
             steps=steps or self.config.steps,
             guidance=self.config.guidance if guidance is None else guidance,
             guidance_interval=guidance_interval,
+            compiled=compiled,
             reference_latents=latents if "noise_space" in routes else None,
         )
         latents = latents.contiguous(memory_format=torch.channels_last)  # faster convolutions
@@ -361,18 +363,13 @@ class Policy(nn.Module):
         """
         if seeds is None:
             seeds = [counter_seed(seed or 0, "sample", i) for i in range(len(prompts))]
-        codes = None
+        codes, config = None, self.config
         if references is not None:
             self.prompt_text("", references=1)  # before any work: does it take references?
             codes = self.encode_images(references)[:, None].expand(len(prompts), -1, -1)
         ids = self.prompt_ids(prompts, codes)
-        sampler = ImageTokenSampler(
-            self.ar,
-            self.config.image_start_id,
-            self.config.num_image_tokens,
-            self.config.num_tokens,
-            self.config.pad_id,
-        )
+        images = (config.image_start_id, config.num_image_tokens, config.num_tokens)
+        sampler = ImageTokenSampler(self.ar, *images, config.pad_id)
         token_seeds = [counter_seed(s, "tokens") for s in seeds]
         sampling = Sampling(temperature, top_k, top_p)
         completions, _ = sampler.sample(ids, 1, sampling, token_seeds)

@@ -195,6 +195,13 @@ class DecodeSection(Section):
     check: Annotated[DecodeCheckSection, Field(description="Comparison of the two.")] = (
         DecodeCheckSection()
     )
+    compile: Annotated[
+        bool,
+        Field(
+            description="Compile the diffusion head's step at the first rendering (torch.compile; "
+            "needs a C++ compiler); takes up to a minute."
+        ),
+    ] = False
     workers: Annotated[
         int,
         Field(

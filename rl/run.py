@@ -129,7 +129,7 @@ def _run(
             policy,
             stages.engine,
             Sampling(rollout.temperature, rollout.top_k, rollout.top_p),
-            decoding(decode, decode.noise == "shared_in_group"),
+            decoding(recipe, decode, decode.noise == "shared_in_group"),
             recipe.seed,
             recipe.train.micro_batch,
             rollout.waves,
@@ -303,16 +303,17 @@ def _sync(policy: Policy, engine: Engine, adapter: bool = False) -> Sync:
     return sync
 
 
-def decoding(section: DecodeEvalSection, shared_noise: bool = True) -> Decode:
+def decoding(recipe: GrpoRecipe, section: DecodeEvalSection, shared_noise: bool = True) -> Decode:
     """Return a section of the recipe as the decode stage takes it."""
-    return Decode(section.steps, section.guidance, shared_noise, section.guidance_interval)
+    interval, compiled = section.guidance_interval, recipe.decode.compile
+    return Decode(section.steps, section.guidance, shared_noise, interval, compiled)
 
 
 def _decode_check(recipe: GrpoRecipe, events: Events) -> DecodeCheck | None:
     check = recipe.decode.check
     if not check.every:
         return None
-    full = decoding(recipe.decode.eval)
+    full = decoding(recipe, recipe.decode.eval)
     return DecodeCheck(check.every, check.limit, check.prompts, full, events)
 
 
@@ -322,7 +323,7 @@ def _held_out(recipe: GrpoRecipe, suite: Suite, sampler: Sampler, sync: Sync) ->
         sampler.policy,
         sampler.engine,
         Sampling(),
-        decoding(recipe.decode.eval, shared_noise=False),
+        decoding(recipe, recipe.decode.eval, shared_noise=False),
         run_seed=0,
         micro_batch=recipe.train.micro_batch,
         render=sampler.render,

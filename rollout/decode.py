@@ -22,6 +22,8 @@ class Decode:
     """True: the members of a group start from the same noise (common random numbers)."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     """Noise levels at which there is guidance (`policy.diffusion.sample_latents`)."""
+    compiled: bool = False
+    """True: the head's steps go through torch.compile."""
 
 
 Render = Callable[[Tensor, Sequence[int], Decode], list[Image.Image]]
@@ -42,6 +44,7 @@ def rendered(
             steps=decode.steps,
             guidance=decode.guidance,
             guidance_interval=decode.guidance_interval,
+            compiled=decode.compiled,
         )
     )
 
