@@ -1,7 +1,7 @@
 """Engines in Ray actors as one: prompts are divided, weights go to all.
 
-An actor holds the weights of the last push before it samples: one that took a lost one's place
-loads them first, and proves that they are those of the others.
+An actor holds the weights of the last push before it samples, and has proved that they are those of
+the others: with them after the push, or by itself if it joined later or was not asked then.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Push:
     """Weights that were pushed: the how many-th push of the run, and at which step.
 
     `packed` holds a reference into Ray's object store; in a list, or Ray would fetch the weights
-    for every call. `fingerprint` is what all actors were seen to hold afterwards.
+    for every call. `fingerprint` is what all actors that were asked were seen to hold afterwards.
     """
 
     number: int
@@ -122,25 +122,30 @@ class SamplingActor:
     def __init__(self, build: Callable[[], Engine], threads: int) -> None:
         torch.set_num_threads(threads)
         self.engine = build()
-        self.loaded = 0
+        self.loaded = self.proved = 0  # numbers of pushes
 
     def catch_up(self, push: Push | None) -> None:
-        """Load the last push if that is not done; what the others hold must be the same."""
+        """Load the last push if that is not done; what the others hold must be the same.
+
+        An actor that was not asked for its fingerprint, because it was not there or was not known
+        to be, proves here that it holds what the others do.
+        """
         import ray
 
-        if push is None or push.number == self.loaded:
+        if push is None:
             return
-        packed = ray.get(push.packed[0])
-        self.engine.load_weights(((name, _unpack(*p)) for name, p in packed.items()), push.step)
-        if (
-            push.fingerprint is not None
-            and (found := self.engine.fingerprint()) != push.fingerprint
-        ):
+        if self.loaded != push.number:
+            packed = ray.get(push.packed[0])
+            self.engine.load_weights(((name, _unpack(*p)) for name, p in packed.items()), push.step)
+            self.loaded = push.number
+        if push.fingerprint is None or self.proved == push.number:
+            return
+        if (found := self.engine.fingerprint()) != push.fingerprint:
             raise WeightMismatch(
-                f"a worker that replaces a lost one holds other weights than the rest "
-                f"(fingerprints {found[:12]} and {push.fingerprint[:12]})"
+                "a worker that joins the others, or that was not asked with them, holds other "
+                f"weights (fingerprints {found[:12]} and {push.fingerprint[:12]})"
             )
-        self.loaded = push.number
+        self.proved = push.number
 
     def generate(
         self,
@@ -157,6 +162,7 @@ class SamplingActor:
     def fingerprint(self, push: Push | None) -> str:
         """See `Engine`."""
         self.catch_up(push)
+        self.proved = self.loaded
         return self.engine.fingerprint()
 
 

@@ -204,6 +204,25 @@ def test_weights_that_did_not_arrive_stop_the_run_at_once(pool, trainer, mutatio
     push_weights(pool, trainer)
 
 
+def test_a_worker_that_was_not_asked_proves_its_weights_before_it_samples(pool, trainer):
+    """As after a loss during the push, when the others are asked whether they are there."""
+    pool.actors.await_ready()
+    push_weights(pool, trainer)
+    in_worker(pool, 1, skip_loading)
+    with torch.no_grad():
+        trainer.model.model.layers[0].self_attn.q_proj.weight.mul_(1.001)
+    pool.load_weights(trainer.pushed_tensors(), 8)
+    pool.actors._free.remove(1)
+    pool.fingerprint()
+    pool.actors._free.append(1)
+    try:
+        with pytest.raises(WeightMismatch, match="was not asked"):
+            pool.generate(PROMPTS, N, Sampling(), SEEDS)
+    finally:
+        in_worker(pool, 1, restore)
+    push_weights(pool, trainer)
+
+
 # --- workers that are lost -----------------------------------------------------------------------
 
 
@@ -267,7 +286,7 @@ def test_a_replacement_with_other_weights_stops_the_run(pool, trainer):
     pool.generate(PROMPTS, N, Sampling(), SEEDS)
     everyone_ready(pool)
     in_worker(pool, 0, skip_loading)
-    with pytest.raises(WeightMismatch, match="replaces a lost one"):
+    with pytest.raises(WeightMismatch, match="joins the others"):
         pool.generate(PROMPTS, N, Sampling(), SEEDS)
     in_worker(pool, 0, restore)
     push_weights(pool, trainer)
