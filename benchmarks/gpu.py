@@ -24,7 +24,6 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import nn
@@ -168,8 +167,6 @@ def _vllm(bench: Bench, *, name: str, config: dict[str, Any], cache: str) -> Non
 
 def decode(bench: Bench) -> None:
     """Pictures a second of the head (ours, compiled, published loop) and of the autoencoder."""
-    from policy.denoiser import Denoiser
-
     size, policy = bench.size, Renderer(bench.size)
     count = min(size.images, 32)
     for latent, steps, guidance in size.decodes:
@@ -182,8 +179,7 @@ def decode(bench: Bench) -> None:
             bench.add(f"{label}: {name}", rate, "pictures/s", rate * operations / bench.matmul)
         if size.device != "cuda":
             continue
-        with mock.patch.object(Denoiser, "velocity", torch.compile(Denoiser.velocity)):
-            rate = count / bench.seconds(partial(policy.ours, *given))
+        rate = count / bench.seconds(partial(policy.ours, *given, compiled=True))
         bench.add(f"{label}: ours, compiled", rate, "pictures/s", rate * operations / bench.matmul)
     latents = policy.inputs(count, size.latent)[1][:8]
     rate = len(latents) / bench.seconds(lambda: policy.pixels(latents))

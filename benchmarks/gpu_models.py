@@ -46,14 +46,20 @@ class Renderer:
         )
 
     @torch.no_grad()
-    def ours(self, hidden: Tensor, noise: Tensor, steps: int, guidance: float) -> Tensor:
+    def ours(
+        self,
+        hidden: Tensor,
+        noise: Tensor,
+        steps: int,
+        guidance: float,
+        compiled: bool = False,
+    ) -> Tensor:
         """Latents by the way of `Policy.render`."""
         from policy.diffusion import sample_latents
 
-        null = self.connector(torch.zeros_like(hidden[:1]))
-        return sample_latents(
-            self.head, {}, self.connector(hidden), null, noise, steps=steps, guidance=guidance
-        )
+        conditions = (self.connector(hidden), self.connector(torch.zeros_like(hidden[:1])))
+        options = {"steps": steps, "guidance": guidance, "compiled": compiled}
+        return sample_latents(self.head, {}, *conditions, noise, **options)
 
     @torch.no_grad()
     def loop(self, hidden: Tensor, noise: Tensor, steps: int, guidance: float) -> Tensor:
