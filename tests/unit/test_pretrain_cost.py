@@ -13,8 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from cli import machine
-from cli.grpo_plan import gigabytes, table_line
 from cli.main import main
+from cli.plan_parts import gigabytes, table_line
 from policy import base_path
 from policy.anatomy import read_anatomy
 from policy.published import SANA, published_anatomy, published_modules
