@@ -13,6 +13,7 @@ from recipes.schema_common import (
     SaveSection,
     SceneTask,
     Section,
+    StepsSection,
     TextPath,
     cross_error,
 )
@@ -32,6 +33,7 @@ ENCODED_AT_ONCE = 4
 CODEC_LOG_EVERY = 50
 """Steps between two rows of numbers while an image codec is trained."""
 Route = Literal["cross_attention", "noise_space"]
+BatchSize = Annotated[int, Field(ge=1, description="Pictures per optimizer step.")]
 
 
 class StartSection(Section):
@@ -135,6 +137,12 @@ class CaptionedSection(Section):
             if given and (shards or edits):
                 what = "Shards have" if shards else "Edits of the scene world have"
                 raise cross_error(key, f"{what} no {key}.", f"set data.{key}={off}.")
+        if self.context and not (shards or edits):
+            raise cross_error(
+                "context",
+                "Captions of the scene world are short and never cut.",
+                "set data.context=null.",
+            )
         if self.workers and not shards:
             raise cross_error(
                 "workers",
@@ -178,10 +186,10 @@ class PretrainLossSection(Section):
         return self
 
 
-class BuildTrainSection(OptimizerSection):
-    """The optimizer."""
+class PretrainTrainSection(OptimizerSection):
+    """The optimizer, and how the work is spread."""
 
-    batch_size: Annotated[int, Field(ge=1, description="Pictures per optimizer step.")]
+    batch_size: BatchSize
     optimizer: Annotated[
         Literal["muon", "adamw"],
         Field(description="muon = Muon for hidden matrices and AdamW for the rest."),
@@ -192,11 +200,6 @@ class BuildTrainSection(OptimizerSection):
     compile: Annotated[
         bool, Field(description="torch.compile the language model; needs a C++ compiler.")
     ] = False
-
-
-class PretrainTrainSection(BuildTrainSection):
-    """The optimizer, and how the work is spread."""
-
     micro_batch: Annotated[
         int | None,
         Field(
@@ -254,8 +257,14 @@ class PretrainTrainSection(BuildTrainSection):
         return self
 
 
-class ImageTokenizerTrainSection(BuildTrainSection):
-    """The optimizer of the image tokenizer."""
+class CodecTrainSection(StepsSection):
+    """What is left to choose: an image codec has a fixed optimizer and schedule."""
+
+    batch_size: BatchSize
+
+
+class ImageTokenizerTrainSection(CodecTrainSection):
+    """Training of the image tokenizer, by Muon."""
 
     unquantized_steps: Annotated[
         int,
@@ -263,8 +272,8 @@ class ImageTokenizerTrainSection(BuildTrainSection):
     ] = 500
 
 
-class AutoencoderTrainSection(BuildTrainSection):
-    """The optimizer of the autoencoder."""
+class AutoencoderTrainSection(CodecTrainSection):
+    """Training of the autoencoder, by AdamW."""
 
     latent_noise: Annotated[
         float,
@@ -318,10 +327,12 @@ class PretrainRecipe(Header):
                 "Routes are for reference pictures, and the data have none.",
                 "set data.references to 1, or remove policy.routes.",
             )
-        if self.loss.draws == "per_batch" and self.data.source != "scenes":
+        if self.loss.draws == "per_batch" and (
+            self.data.source != "scenes" or self.data.references
+        ):
             raise cross_error(
                 "loss.draws",
-                "With shards, a resumed run would not repeat what torch's generator drew.",
+                "Each sample of shards, and each edit, has draws of its own.",
                 "use per_sample.",
             )
         return self
@@ -334,7 +345,6 @@ class _CodecRecipe(Header):
         StartSection()
     )
     data: Annotated[PicturesSection, Field(description="Pictures.")] = PicturesSection()
-    log: Annotated[LogSection, Field(description="Trackers.")] = LogSection()
 
 
 class ImageTokenizerRecipe(_CodecRecipe):
