@@ -1,5 +1,6 @@
 """`atelier eval`: score a policy on a benchmark suite, resumable, with intervals."""
 
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
 
@@ -55,7 +56,7 @@ def register(app: typer.Typer) -> None:
         folder = find_policy(policy)
         name = out.name if out is not None else f"{_name(policy)}-{suite}"
         out = out or Path("results") / name
-        with console.progress() as progress:
+        with closing(chosen), console.progress() as progress:
             progress.start("load", None)
             import torch
 

@@ -114,11 +114,10 @@ def _run(
         rewards.check_records(records)
         check_replayed_rewards(recipe, rewards.names)
         check_whole_batch(recipe, rewards.whole_batch, process_count())
-        suite = (
-            load_suite(recipe.evals.suite, recipe.evals.limit).from_prompts_alone()
-            if recipe.evals.every
-            else None
-        )
+        suite = None
+        if recipe.evals.every:
+            suite = load_suite(recipe.evals.suite, recipe.evals.limit).from_prompts_alone()
+            parts.callback(suite.close)
         asked = {str(r["prompt"]) for r in [*records, *(suite.records if suite else ())]}
         longest = max(map(len, policy.prompt_ids(sorted(asked))))
         told = Journaled()
