@@ -31,6 +31,14 @@ def find_policy(text: str) -> Path:
     )
 
 
+def recipe_of(folder: Path) -> str | None:
+    """Return the recipe of a run's policy (RUN/policy beside RUN/recipe.yaml); None for others."""
+    recipe = folder.parent / "recipe.yaml"
+    if folder.name != "policy" or not recipe.is_file():
+        return None
+    return recipe.read_text(encoding="utf-8")
+
+
 def find_anatomy(text: str) -> "Anatomy":
     """Return the sizes of the policy that `text` means.
 
