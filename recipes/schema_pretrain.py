@@ -68,23 +68,34 @@ class PretrainStartSection(StartSection):
     ] = None
 
 
-class PicturesSection(Section):
+class SceneTasksSection(Section):
+    """What pictures of the scene world show."""
+
+    tasks: Annotated[
+        dict[SceneTask, Annotated[float, Field(ge=0)]] | None,
+        Field(
+            min_length=1,
+            description="Scene world only: task -> how often it is drawn, relative to the others "
+            "(0 = never); null = all tasks alike.",
+        ),
+    ] = None
+
+    @model_validator(mode="after")
+    def _some_task(self) -> Self:
+        if self.tasks is not None and not any(self.tasks.values()):
+            raise cross_error("tasks", "Every task has weight 0.", "give one a weight above 0.")
+        return self
+
+
+class PicturesSection(SceneTasksSection):
     """Pictures to learn from."""
 
     source: Annotated[
         Literal["scenes"], Field(description="`scenes`: pictures of the scene world.")
     ] = "scenes"
-    tasks: Annotated[
-        dict[SceneTask, Annotated[float, Field(ge=0)]] | None,
-        Field(
-            min_length=1,
-            description="Task -> how often it is drawn, relative to the others (0 = never); "
-            "null = all tasks of the scene world alike.",
-        ),
-    ] = None
 
 
-class CaptionedSection(Section):
+class CaptionedSection(SceneTasksSection):
     """Pictures with captions, or edits: pictures with a reference and an instruction."""
 
     source: Annotated[
@@ -98,14 +109,6 @@ class CaptionedSection(Section):
         int,
         Field(ge=0, le=1, description="Reference pictures of each sample: 1 = the data are edits."),
     ] = 0
-    tasks: Annotated[
-        dict[SceneTask, Annotated[float, Field(ge=0)]] | None,
-        Field(
-            min_length=1,
-            description="Scene world only: task -> how often it is drawn, relative to the others "
-            "(0 = never); null = all tasks alike.",
-        ),
-    ] = None
     caption_noise: Annotated[
         float,
         Field(

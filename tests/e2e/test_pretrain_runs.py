@@ -469,6 +469,7 @@ def test_the_twins_train_alike(name):
         ("data.source=x.tar data.tasks={colors: 1}", "data.tasks"),
         ("data.workers=2", "data.workers"),
         ("data.context=512", "data.context"),
+        ("data.tasks={colors: 0}", "data.tasks"),
         ("data.source=x.tar loss.draws=per_batch", "loss.draws"),
         ("data.references=1 loss.draws=per_batch", "loss.draws"),
         ("trainable=[connector] policy.lora={rank: 2}", "policy.lora"),
