@@ -324,6 +324,13 @@ class PretrainRecipe(Header):
             raise cross_error(
                 "policy.lora", "The AR model is not trained.", "add ar to trainable, or use null."
             )
+        heads = [part for part in self.trainable if part != "ar"]
+        if heads and not self.loss.flow_matching:
+            raise cross_error(
+                "trainable",
+                f"loss.flow_matching is 0, and {heads[0]} learns from nothing else.",
+                "use [ar], or give loss.flow_matching a weight above 0.",
+            )
         if self.policy.routes and not self.data.references:
             raise cross_error(
                 "policy.routes",

@@ -465,6 +465,7 @@ def test_the_twins_train_alike(name):
     [
         ("train.micro_batch=3", "train.micro_batch"),
         ("loss={cross_entropy: 0, flow_matching: 0}", "loss.cross_entropy"),
+        ("loss.flow_matching=0", "trainable"),
         ("policy.routes=[noise_space]", "policy.routes"),
         ("data.source=x.tar data.tasks={colors: 1}", "data.tasks"),
         ("data.workers=2", "data.workers"),

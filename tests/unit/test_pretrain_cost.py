@@ -342,7 +342,8 @@ def test_one_change_is_named_where_memory_is_short(monkeypatch, capsys):
 
 
 def test_without_flow_matching_no_latents_are_made(base):
-    recipe = recipe_of("tiny/pretrain", "policy.path=base", "loss.flow_matching=0")
+    changes = ["policy.path=base", "loss.flow_matching=0", "trainable=[ar]"]
+    recipe = recipe_of("tiny/pretrain", *changes)
     assert list(pretrain_memory(recipe, base, Sharding()).phases) == ["update"]
 
 
