@@ -3,7 +3,6 @@
 This file is the way in: read `_run` from top to bottom.
 """
 
-from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from recipes import LoadedRecipe, dump_recipe, load_recipe
 from recipes.locate import located
 from recipes.schema_grpo import GrpoRecipe
 from recipes.schema_rollout import DecodeEvalSection
-from rl.callbacks import HeldOutCallback, InterruptCallback, JournalCallback
+from rl.callbacks import HeldOut, HeldOutCallback, InterruptCallback, JournalCallback
 from rl.checkpoints import checkpoint_to_resume, refuse_other_processes, step_of
 from rl.decode_check import DecodeCheck, decode_of_journal
 from rl.devices import note_devices, training_device, use_one_gpu
@@ -315,7 +314,7 @@ def _decode_check(recipe: GrpoRecipe, events: Events) -> DecodeCheck | None:
     return DecodeCheck(check.every, check.limit, check.prompts, full, events)
 
 
-def _held_out(recipe: GrpoRecipe, suite: Suite, sampler: Sampler, sync: Sync) -> Any:
+def _held_out(recipe: GrpoRecipe, suite: Suite, sampler: Sampler, sync: Sync) -> HeldOut:
     """Return the held-out evaluation: the same prompts and seeds at every step of every run."""
     judge = Sampler(
         sampler.policy,
@@ -327,7 +326,7 @@ def _held_out(recipe: GrpoRecipe, suite: Suite, sampler: Sampler, sync: Sync) ->
         render=sampler.render,
     )
 
-    def held_out(step: int) -> Mapping[str, Any]:
+    def held_out(step: int) -> dict[str, Any]:
         sync(step)  # the engine still holds the weights of the step's rollouts
         rollout = judge([str(record["prompt"]) for record in suite.records], 1, "held-out")
         scores = [
