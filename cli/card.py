@@ -25,7 +25,7 @@ def register(app: typer.Typer) -> None:
         refused.
         """
         from cli import console
-        from cli.policy_folder import find_policy
+        from cli.policy_folder import find_policy, recipe_of
         from evals.card import (
             CARD,
             PolicyFacts,
@@ -45,9 +45,9 @@ def register(app: typer.Typer) -> None:
             progress.start("card", None)
             if given:
                 check_hashes(given, _hashes(folder, {number_format(result) for result in given}))
-            recipe = folder.parent / "recipe.yaml"
+            recipe = recipe_of(folder)
             facts = PolicyFacts(
-                name=name or (folder.parent.name if recipe.is_file() else folder.name),
+                name=name or (folder.parent.name if recipe else folder.name),
                 image_size=config.image_size,
                 num_tokens=config.num_tokens,
                 edits=config.edit_template is not None,
@@ -56,9 +56,8 @@ def register(app: typer.Typer) -> None:
                 license=license,
                 base_model=base_model,
             )
-            text = recipe.read_text(encoding="utf-8") if recipe.is_file() else None
             file = out or folder / CARD
-            write_card(file, model_card(facts, given, text))
+            write_card(file, model_card(facts, given, recipe))
             progress.finish("card")
         console.say(f"wrote {file}", style="bold green")
         console.say(f"next: atelier push {policy} OWNER/NAME")

@@ -55,7 +55,8 @@ def register(app: typer.Typer) -> None:
             raise
         if not as_json:
             _print_tree(loaded)
-        check_trackers(loaded.recipe)
+        if loaded.recipe.kind in ("grpo", "pretrain"):
+            check_trackers(loaded.recipe)
         if loaded.recipe.kind == "grpo":
             check_replay(loaded.recipe, process_count())
             refuse_missing_parts(loaded.recipe)

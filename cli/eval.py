@@ -1,5 +1,6 @@
 """`atelier eval`: score a policy on a benchmark suite, resumable, with intervals."""
 
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,7 +45,7 @@ def register(app: typer.Typer) -> None:
         Run the same command again after an interruption and it goes on where it stopped.
         """
         from cli import console
-        from cli.policy_folder import find_policy
+        from cli.policy_folder import find_policy, recipe_of
         from common.errors import UsageError
         from evals.environment import command_line
         from evals.suites import load_suite
@@ -55,7 +56,7 @@ def register(app: typer.Typer) -> None:
         folder = find_policy(policy)
         name = out.name if out is not None else f"{_name(policy)}-{suite}"
         out = out or Path("results") / name
-        with console.progress() as progress:
+        with closing(chosen), console.progress() as progress:
             progress.start("load", None)
             import torch
 
@@ -103,14 +104,6 @@ def parse_options(words: list[str]) -> dict[str, str]:
             raise UsageError(f"`{word}` is not OPTION=VALUE.\n    Fix: write e.g. prompts=FILE.")
         options[key] = value
     return options
-
-
-def recipe_of(folder: Path) -> str | None:
-    """Return the recipe of a run's policy (RUN/policy beside RUN/recipe.yaml); None for others."""
-    recipe = folder.parent / "recipe.yaml"
-    if folder.name != "policy" or not recipe.is_file():
-        return None
-    return recipe.read_text(encoding="utf-8")
 
 
 def _name(policy: str) -> str:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from policy.anatomy import Anatomy
     from recipes.schema_grpo import GrpoRecipe
+    from rl.memory import Memory
 
 
 def plan_grpo(recipe: "GrpoRecipe") -> dict[str, Any]:
@@ -65,78 +66,31 @@ def _work(recipe: "GrpoRecipe", anatomy: "Anatomy") -> dict[str, Any]:
     }
 
 
-def device_of(wanted: str) -> tuple[str, int, bool]:
-    """Return what a run would run on: its name, its bytes, and whether it is a GPU."""
-    from cli.machine import gpus, memory_bytes
-    from rl.sizing import GPUS
-
-    found = gpus() or [] if wanted != "cpu" else []
-    if found:
-        return (*found[0], True)
-    if wanted == "cuda":
-        return (*next(iter(GPUS.items())), True)
-    return "this machine", memory_bytes(), False
-
-
 def _memory(recipe: "GrpoRecipe", anatomy: "Anatomy") -> dict[str, Any]:
     """Return the memory of every way to spread the run, and whether this device holds it."""
+    from cli.plan_parts import device_of, memory_row, option, verdict_on
     from rl.memory import Sharding, grpo_memory
-    from rl.sizing import (
-        GPUS,
-        LIBRARIES,
-        SHARDINGS,
-        change_that_fits,
-        fits,
-        spread_over,
-        with_training,
-    )
+    from rl.sizing import SHARDINGS, change_that_fits, spread_over, with_training
 
-    device, capacity, on_gpu = device_of(recipe.policy.device)
-    libraries = 0 if on_gpu else LIBRARIES
+    def spread(run: "GrpoRecipe", sharding: Sharding) -> "Memory":
+        return grpo_memory(spread_over(run, sharding.gpus), anatomy, sharding)
 
-    def row(sharding: Sharding) -> dict[str, Any]:
-        memory = grpo_memory(spread_over(recipe, sharding.gpus), anatomy, sharding)
-        return {
-            "gpus": sharding.gpus,
-            "zero_stage": sharding.stage,
-            "resident": memory.resident,
-            "phases": memory.phases,
-            "peak": memory.peak,
-        }
-
-    spread = SHARDINGS if on_gpu else SHARDINGS[:1]
+    device = device_of(recipe.policy.device)
+    shardings = SHARDINGS if device.is_gpu else SHARDINGS[:1]
     options = []
-    for lora in (True, False):
-        trained = with_training(recipe, lora=lora)
-        for sharding in spread if on_gpu else ():
-            memory = grpo_memory(spread_over(trained, sharding.gpus), anatomy, sharding)
-            options.append(
-                {
-                    "training": "lora" if lora else "full",
-                    "gpus": sharding.gpus,
-                    "zero_stage": sharding.stage,
-                    "peak": memory.peak,
-                    "fits": {name: fits(memory, size) for name, size in GPUS.items()},
-                }
-            )
-    alone = grpo_memory(recipe, anatomy)
-    verdict: dict[str, Any] = {
-        "device": device,
-        "capacity": capacity,
-        "needs": alone.peak + libraries,
-        "fits": fits(alone, capacity - libraries),
-        "decided_by": alone.largest_phase,
-        "fix": None,
-    }
-    if not verdict["fits"]:
-        change = change_that_fits(recipe, anatomy, capacity - libraries)
-        verdict["fix"] = (
-            {"change": change[0], "needs": change[1].peak + libraries} if change else None
-        )
+    for training in ("lora", "full") if device.is_gpu else ():
+        trained = with_training(recipe, lora=training == "lora")
+        for sharding in SHARDINGS:
+            row = option(spread(trained, sharding), sharding)
+            options.append({"training": training} | row)
     return {
-        "memory": [row(sharding) for sharding in spread],
+        "memory": [memory_row(spread(recipe, sharding), sharding) for sharding in shardings],
         "options": options,
-        "verdict": verdict,
+        "verdict": verdict_on(
+            device,
+            grpo_memory(recipe, anatomy),
+            lambda room: change_that_fits(recipe, anatomy, room),
+        ),
     }
 
 
@@ -146,6 +100,7 @@ def _memory(recipe: "GrpoRecipe", anatomy: "Anatomy") -> dict[str, Any]:
 def show_grpo(facts: dict[str, Any]) -> None:
     """Print the facts, at most 80 columns wide unless a name is longer."""
     from cli import console
+    from cli.plan_parts import show_flops, show_memory, show_verdict
 
     console.say(f"{facts['name']} ({facts['kind']})", style="bold")
     console.say(f"sizes from {facts['sizes']}")
@@ -199,67 +154,11 @@ def _show_work(work: dict[str, Any]) -> None:
     )
 
 
-def show_flops(facts: dict[str, Any]) -> None:
-    """Print the operations of a picture, stage by stage, and of a step."""
-    from cli import console
-    from rl.sizing import PEAK_FLOPS
-
-    names = {"sampling": "sample tokens", "scoring": "score tokens", "diffusion": "diffusion head"}
-    each = facts["flops_per_picture"]
-    total = sum(each.values())
-    console.say("operations per picture (products and convolutions, counted)", style="bold")
-    rows = [
-        (names.get(key, key), f"{operations(n):>10}  {n / total:4.0%}") for key, n in each.items()
-    ]
-    console.pairs([*rows, ("together", f"{operations(total):>10}")])
-    if len(facts["memory"]) > 1:
-        seconds = facts["flops_per_step"] / PEAK_FLOPS
-        console.say(
-            f"  a step is {operations(facts['flops_per_step'])}: at least {seconds:.0f} s on one "
-            "H100 or H200 at its peak"
-        )
-
-
-def show_memory(rows: list[dict[str, Any]]) -> None:
-    """Print what takes memory, a column for each way to spread the run."""
-    from cli import console
-
-    kept, phases = rows[0]["resident"], rows[0]["phases"]
-    if len(rows) == 1:
-        console.say("memory", style="bold")
-        console.pairs(
-            [
-                *((name, console.size(count)) for name, count in kept.items()),
-                *((f"+ {name}", f"{console.size(n)} (estimate)") for name, n in phases.items()),
-                ("peak", f"{console.size(rows[0]['peak'])} (one + at a time)"),
-            ]
-        )
-        return
-    counts = [f"{row['gpus']} GPU" + "s" * (row["gpus"] > 1) for row in rows]
-    stages = [f"ZeRO-{row['zero_stage']}" if row["zero_stage"] else "" for row in rows]
-    console.say(table_line("memory of one GPU, GB", counts, indent=""), style="bold")
-    console.say(table_line("", stages), style="bold")
-    table = [(name, [row["resident"].get(name, 0) for row in rows]) for name in kept]
-    table += [(f"+ {name} (estimate)", [row["phases"][name] for row in rows]) for name in phases]
-    table.append(("peak: one + at a time", [row["peak"] for row in rows]))
-    for name, values in table:
-        console.say(table_line(name, [gigabytes(value) for value in values]))
-
-
 def _show_options(facts: dict[str, Any]) -> None:
     from cli import console
-    from rl.sizing import GPUS
+    from cli.plan_parts import show_options
 
-    console.say("fits on (peak in GB, a tenth left free)", style="bold")
-    for training in ("lora", "full"):
-        cells = []
-        for option in facts["options"]:
-            if option["training"] == training:
-                on = next((name for name, holds in option["fits"].items() if holds), "neither")
-                cells.append(f"{option['peak'] / 1e9:.0f} {on}")
-        console.say(table_line("adapters" if training == "lora" else "all of ar", cells))
-    sizes = ", ".join(f"{name} {size / 1e9:.0f} GB" for name, size in GPUS.items())
-    console.say(f"  the smallest of {sizes} that holds the peak")
+    show_options(facts["options"], "training", {"lora": "adapters", "full": "all of ar"})
     console.say("  several GPUs need torchrun and train.deepspeed=zero1 or zero2")
     if facts["work"]["engine"] == "vllm":
         console.say("  several GPUs need rollout.engine=transformers, as counted here")
@@ -267,40 +166,3 @@ def _show_options(facts: dict[str, Any]) -> None:
     uneven = {row["gpus"] for row in facts["memory"] if prompts % row["gpus"]}
     for count in sorted(uneven):
         console.say(f"  {count} GPUs need rollout.prompts_per_step={-(-prompts // count) * count}")
-
-
-def table_line(name: str, cells: list[str], indent: str = "  ") -> str:
-    """A row of a table whose columns fit a terminal."""
-    return f"{indent}{name}".ljust(24) + "".join(f" {cell:>10}" for cell in cells).rstrip()
-
-
-def show_verdict(verdict: dict[str, Any]) -> None:
-    """Print whether it fits, and the change with which it would."""
-    from cli import console
-
-    needs = f"{gigabytes(verdict['needs'])} of {gigabytes(verdict['capacity'])} GB"
-    where = verdict["device"]
-    if verdict["fits"]:
-        console.say(f"fits: {needs} of {where}", style="green")
-        return
-    fix = verdict["fix"]
-    if fix:
-        what = f"{fix['change']} ({gigabytes(fix['needs'])} GB)"
-    else:
-        what = "use a device with more memory."
-    console.say(f"does not fit: {needs} of {where} for {verdict['decided_by']}", style="yellow")
-    console.say(f"    Fix: {what}", style="green")
-
-
-def gigabytes(count: float) -> str:
-    """Such as `51.6` or `1,960`."""
-    return f"{count / 1e9:.3g}" if count < 999.5e9 else f"{count / 1e9:,.0f}"
-
-
-def operations(count: float) -> str:
-    """Such as `64.6 TFLOP`."""
-    for unit in ("", "k", "M", "G", "T"):
-        if count < 1000:
-            return f"{count:.3g} {unit}FLOP"
-        count /= 1000
-    return f"{count:.3g} PFLOP"

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
+from data.prompts import GENEVAL_TASKS
 from data.scenes import scene_prompts
 from evals.fidelity import fidelity, two_noise_correlation
 from policy import Policy, base_path
@@ -100,7 +101,7 @@ def measure(policy: Policy, clean: Policy) -> dict[str, Any]:
     """
     torch.manual_seed(0)
     faithful = fidelity(policy)
-    records = scene_prompts("held_out", n=48, tasks=_GENEVAL)
+    records = scene_prompts("held_out", n=48, tasks=GENEVAL_TASKS)
     group = 12
     codes = _sample(policy, records, group)
     correlation, groups = two_noise_correlation(policy, records, codes, group)
@@ -121,9 +122,6 @@ def measure(policy: Policy, clean: Policy) -> dict[str, Any]:
         "strict per task after noise": after,
         "sign words before noise": before_words,
     }
-
-
-_GENEVAL = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 
 
 def _sample(policy: Policy, records: list[dict[str, Any]], n: int) -> torch.Tensor:

@@ -120,17 +120,10 @@ def _plan_build(recipe: "ImageTokenizerRecipe | AutoencoderRecipe") -> dict[str,
 
 def _show_build(facts: dict[str, Any]) -> None:
     from cli import console
+    from cli.plan_parts import show_steps
 
     console.say(f"{facts['name']} ({facts['kind']})", style="bold")
-    console.say("work", style="bold")
-    pictures = facts["steps"] * facts["batch_size"]
-    console.pairs(
-        [
-            ("steps", f"{facts['steps']:,}"),
-            ("pictures", f"{pictures:,} ({facts['batch_size']} a step)"),
-            ("source", facts["source"]),
-        ]
-    )
+    show_steps(facts)
     if facts["parameters"]:
         console.say("policy", style="bold")
         console.pairs([(name, f"{n:,} parameters") for name, n in facts["parameters"].items()])

@@ -1,10 +1,10 @@
 """Find policy folders and their sizes; nothing here imports torch but the published sizes."""
 
-import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.errors import PolicyError, UsageError
+from policy import base_path
 
 if TYPE_CHECKING:
     from policy.anatomy import Anatomy
@@ -13,9 +13,7 @@ if TYPE_CHECKING:
 def find_policy(text: str) -> Path:
     """Return the policy folder that `text` means: `base`, a policy folder or a run folder."""
     if text == "base":
-        spec = importlib.util.find_spec("policy")
-        places = list(spec.submodule_search_locations or ()) if spec else []
-        folder = Path(places[0]) / "base" if places else Path("base")
+        folder = base_path()
         if not (folder / "policy.json").is_file():
             raise PolicyError(
                 f"the base policy is missing: there is no {folder}/policy.json.\n"
@@ -31,6 +29,14 @@ def find_policy(text: str) -> Path:
         f"no policy at {text}: it {what}.\n"
         "    Fix: give `base`, a policy folder, or a run folder that is finished."
     )
+
+
+def recipe_of(folder: Path) -> str | None:
+    """Return the recipe of a run's policy (RUN/policy beside RUN/recipe.yaml); None for others."""
+    recipe = folder.parent / "recipe.yaml"
+    if folder.name != "policy" or not recipe.is_file():
+        return None
+    return recipe.read_text(encoding="utf-8")
 
 
 def find_anatomy(text: str) -> "Anatomy":

@@ -37,7 +37,7 @@ def plan_pretrain(recipe: "PretrainRecipe") -> dict[str, Any]:
 
 
 def _memory(recipe: "PretrainRecipe", anatomy: "Anatomy") -> dict[str, Any]:
-    from cli.grpo_plan import device_of
+    from cli.plan_parts import device_of, memory_row, option, verdict_on
     from rl.memory import Sharding
     from rl.pretrain_cost import (
         batch_that_divides,
@@ -46,57 +46,31 @@ def _memory(recipe: "PretrainRecipe", anatomy: "Anatomy") -> dict[str, Any]:
         pictures_per_pass,
         pretrain_memory,
     )
-    from rl.sizing import GPUS, LIBRARIES, fits
 
-    device, capacity, on_gpu = device_of(recipe.policy.device)
-    libraries = 0 if on_gpu else LIBRARIES
+    device = device_of(recipe.policy.device)
     stage = int((recipe.train.deepspeed or "zero0").removeprefix("zero"))
     rows, options = [], []
-    for gpus in GPU_COUNTS if on_gpu else (1,):
-        memory = pretrain_memory(recipe, anatomy, Sharding(gpus, stage))
+    for gpus in GPU_COUNTS if device.is_gpu else (1,):
+        sharding = Sharding(gpus, stage)
         batch, micro = batch_that_divides(recipe, gpus), pictures_per_pass(recipe, gpus)
         needs = [f"train.batch_size={batch}"] if batch != recipe.train.batch_size else []
         if recipe.train.micro_batch not in (None, micro):
             needs.append(f"train.micro_batch={micro}")
-        rows.append(
-            {
-                "gpus": gpus,
-                "zero_stage": stage,
-                "micro_batch": micro,
-                "needs": needs,
-                "resident": memory.resident,
-                "phases": memory.phases,
-                "peak": memory.peak,
-            }
-        )
-    for gpus in GPU_COUNTS if on_gpu else ():
+        row = memory_row(pretrain_memory(recipe, anatomy, sharding), sharding)
+        rows.append(row | {"micro_batch": micro, "needs": needs})
+    for gpus in GPU_COUNTS if device.is_gpu else ():
         for other in range(4):
-            memory = pretrain_memory(recipe, anatomy, Sharding(gpus, other))
-            options.append(
-                {
-                    "gpus": gpus,
-                    "zero_stage": other,
-                    "peak": memory.peak,
-                    "fits": {name: fits(memory, size) for name, size in GPUS.items()},
-                }
-            )
-    alone = pretrain_memory(recipe, anatomy, Sharding(1, stage))
-    verdict: dict[str, Any] = {
-        "device": device,
-        "capacity": capacity,
-        "needs": alone.peak + libraries,
-        "fits": fits(alone, capacity - libraries),
-        "decided_by": alone.largest_phase,
-        "fix": None,
-    }
-    if not verdict["fits"]:
-        change = change_that_fits(recipe, anatomy, Sharding(1, stage), capacity - libraries)
-        if change:
-            verdict["fix"] = {"change": change[0], "needs": change[1].peak + libraries}
+            sharding = Sharding(gpus, other)
+            options.append(option(pretrain_memory(recipe, anatomy, sharding), sharding))
+    alone = Sharding(1, stage)
     return {
         "memory": rows,
         "options": options,
-        "verdict": verdict,
+        "verdict": verdict_on(
+            device,
+            pretrain_memory(recipe, anatomy, alone),
+            lambda room: change_that_fits(recipe, anatomy, alone, room),
+        ),
         "checkpoint_bytes": checkpoint_bytes(recipe, anatomy, stage),
     }
 
@@ -104,19 +78,11 @@ def _memory(recipe: "PretrainRecipe", anatomy: "Anatomy") -> dict[str, Any]:
 def show_pretrain(facts: dict[str, Any]) -> None:
     """Print the facts, at most 80 columns wide unless a name is longer."""
     from cli import console
-    from cli.grpo_plan import show_flops, show_memory, show_verdict
+    from cli.plan_parts import show_flops, show_memory, show_steps, show_verdict
 
     console.say(f"{facts['name']} ({facts['kind']})", style="bold")
     console.say(f"sizes from {facts['sizes']}")
-    console.say("work", style="bold")
-    pictures = facts["steps"] * facts["batch_size"]
-    console.pairs(
-        [
-            ("steps", f"{facts['steps']:,}"),
-            ("pictures", f"{pictures:,} ({facts['batch_size']} a step)"),
-            ("source", facts["source"]),
-        ]
-    )
+    show_steps(facts)
     console.say("policy", style="bold")
     parameters, trained = facts["parameters"], facts["trained"]
     each = [f"{name} {count:,}" for name, count in trained.items()]
@@ -139,19 +105,10 @@ def show_pretrain(facts: dict[str, Any]) -> None:
 
 def _show_options(facts: dict[str, Any]) -> None:
     from cli import console
-    from cli.grpo_plan import table_line
-    from rl.sizing import GPUS
+    from cli.plan_parts import show_options
 
-    console.say("fits on (peak in GB, a tenth left free)", style="bold")
-    for stage in range(4):
-        cells = []
-        for option in facts["options"]:
-            if option["zero_stage"] == stage:
-                on = next((name for name, holds in option["fits"].items() if holds), "neither")
-                cells.append(f"{option['peak'] / 1e9:.0f} {on}")
-        console.say(table_line(f"deepspeed: zero{stage}" if stage else "deepspeed: null", cells))
-    sizes = ", ".join(f"{name} {size / 1e9:.0f} GB" for name, size in GPUS.items())
-    console.say(f"  the smallest of {sizes} that holds the peak")
+    stages = {0: "deepspeed: null"} | {n: f"deepspeed: zero{n}" for n in (1, 2, 3)}
+    show_options(facts["options"], "zero_stage", stages)
     for row in facts["memory"]:
         if row["needs"]:
             console.say(f"  {row['gpus']} GPUs need {' '.join(row['needs'])}")

@@ -112,12 +112,10 @@ def _named(uses: list[str], arguments: list[str]) -> "list[RewardSpec]":
 
 def _folder(out: Path | None) -> Path:
     """Return the folder to write to; an earlier result is never written over."""
+    from cli.free_name import free_name
     from common.errors import UsageError
 
-    number, free = 1, Path("scores")
-    while free.exists():
-        number += 1
-        free = Path(f"scores-{number}")
+    free = free_name(Path("scores"))
     if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} exists already.\n    Fix: --out {free}")
     return out or free

@@ -1,4 +1,8 @@
-"""Read a picture as it was meant to be seen, or say what is wrong with it."""
+"""Read a picture as it was meant to be seen, or say what is wrong with it.
+
+Lenient, for the user's own files, such as training data. `common.images` is strict, for pictures
+of anybody, also over a network, whose odd kinds are refused.
+"""
 
 import io
 import struct

@@ -160,9 +160,7 @@ def minimum_detectable_effect(
     return float(quantiles.sum() * standard_error)
 
 
-def clusters_needed(
-    effect: float, spread: float, strata: int = 1, *, power: float = 0.8, alpha: float = 0.05
-) -> int:
+def clusters_needed(effect: float, spread: float, strata: int = 1) -> int:
     """Return the smallest number K of clusters whose `minimum_detectable_effect` is `effect`.
 
     `spread` is the standard error times sqrt(K), which does not depend on K: for one stratum the
@@ -175,7 +173,7 @@ def clusters_needed(
     def enough(clusters: int) -> bool:
         error = spread / clusters**0.5
         freedom = clusters - strata
-        return minimum_detectable_effect(error, freedom, power=power, alpha=alpha) <= effect
+        return minimum_detectable_effect(error, freedom) <= effect
 
     low, high = 2 * strata, 2 * strata
     while not enough(high):

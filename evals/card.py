@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 from common.atomic import write_text
 from common.errors import RunError, UsageError
-from evals.report import TEMPLATES, format_value, markdown_text
+from evals.pages import environment
+from evals.report import format_value, markdown_text
 from evals.results import ResultFolder
 from evals.suites import Metric
 
@@ -59,15 +58,8 @@ def model_card(
         model_name=policy.name,
         eval_results=found or None,
     )
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=False,  # Markdown: texts go through `md`
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"md": markdown_text, "value": format_value, "range": _range}
-    page = environment.get_template("card.md.j2").render(
+    templates = environment(autoescape=False, md=markdown_text, value=format_value, range=_range)
+    page = templates.get_template("card.md.j2").render(
         policy=policy,
         results=[(r, r.results, r.metrics) for r in results],
         recipe=recipe,

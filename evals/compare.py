@@ -152,12 +152,10 @@ def compare_all(baseline: ResultFolder, candidates: Sequence[ResultFolder]) -> l
     return comparisons
 
 
-def verdict(
-    difference: Difference, p_value: float, better: str = "higher", alpha: float = ALPHA
-) -> tuple[str, str]:
+def verdict(difference: Difference, p_value: float, better: str = "higher") -> tuple[str, str]:
     """Return a code ("better", "worse", "not shown") and a sentence.
 
-    A side is named only if the interval excludes 0, the (adjusted) p-value is below `alpha` and
+    A side is named only if the interval excludes 0, the (adjusted) p-value is below `ALPHA` and
     the difference is at least the detectable one. A true difference of just that size is told from
     0 four times in five, but named only about every second time, when it is measured that large.
     """
@@ -167,7 +165,7 @@ def verdict(
     could = f"A true difference of {detectable:.3f} would be told from 0 four times in five."
     if difference.low <= 0 <= difference.high:
         return "not shown", f"No difference shown: the interval includes 0. {could}"
-    if p_value >= alpha:
+    if p_value >= ALPHA:
         return "not shown", f"No difference shown: p = {p_value:.3f}. {could}"
     if abs(difference.mean) < detectable:
         return "not shown", f"Suggestive only: smaller than the detectable effect. {could}"

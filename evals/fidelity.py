@@ -13,12 +13,12 @@ from PIL import Image
 from torch import Tensor
 
 from common.seeds import counter_seed
+from data.prompts import GENEVAL_TASKS
 from data.scenes import Scene, caption, paint, sample_scene
 from policy.policy import Policy, to_images
 from rewards.geneval import geneval
 from rewards.scene_detector import SceneDetector
 
-_OBJECT_TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 _SURE = 0.9
 _PIXELS = 4.0
 
@@ -64,19 +64,17 @@ def shows(scene: Scene, image: Image.Image, detector: SceneDetector) -> bool:
     return True
 
 
-def held_out_scenes(count: int, seed: int = 0) -> list[Scene]:
+def held_out_scenes(count: int) -> list[Scene]:
     """Draw held-out scenes, the six object tasks in turn."""
-    rng = np.random.default_rng(counter_seed(seed, "fidelity"))
+    rng = np.random.default_rng(counter_seed(0, "fidelity"))
     return [
-        sample_scene(rng, {_OBJECT_TASKS[i % 6]: 1.0}, "train" if i % 6 == 0 else "held_out")
+        sample_scene(rng, {GENEVAL_TASKS[i % 6]: 1.0}, "train" if i % 6 == 0 else "held_out")
         for i in range(count)
     ]
 
 
 @torch.no_grad()
-def fidelity(
-    policy: Policy, count: int = 600, *, steps: int | None = None, guidance: float | None = None
-) -> Fidelity:
+def fidelity(policy: Policy, count: int = 600) -> Fidelity:
     """Render the tokens of `count` held-out scenes and look for exactly their objects."""
     scenes = held_out_scenes(count)
     pixels = torch.from_numpy(np.stack([paint(scene) for scene in scenes]))
@@ -95,8 +93,8 @@ def fidelity(
         for part in scaled
     ]
     return Fidelity(
-        share(render_tokens(policy, captions, codes, 0, steps, guidance)),
-        share(render_tokens(policy, swapped, codes, 0, steps, guidance)),
+        share(render_tokens(policy, captions, codes, 0)),
+        share(render_tokens(policy, swapped, codes, 0)),
         share(to_images(torch.cat(decoded).float())),
         count,
     )
@@ -108,8 +106,6 @@ def render_tokens(
     prompts: Sequence[str],
     codes: Tensor,
     noise_seed: int,
-    steps: int | None = None,
-    guidance: float | None = None,
     same_noise: int = 1,
 ) -> list[Image.Image]:
     """Render codes [B, N] after given prompts; `same_noise` neighbours share their noise."""
@@ -122,7 +118,7 @@ def render_tokens(
         noise = policy.noise(
             [counter_seed(noise_seed, "fidelity-noise", i // same_noise) for i in rows]
         )
-        images += to_images(policy.render(hidden, noise=noise, steps=steps, guidance=guidance))
+        images += to_images(policy.render(hidden, noise=noise))
     return images
 
 
@@ -132,9 +128,6 @@ def two_noise_correlation(
     records: Sequence[dict[str, object]],
     codes: Tensor,
     group_size: int,
-    *,
-    steps: int | None = None,
-    guidance: float | None = None,
 ) -> tuple[float, int]:
     """Return the median within-group correlation of rewards of the same tokens under two noises.
 
@@ -146,7 +139,7 @@ def two_noise_correlation(
     metadata = [record["metadata"] for record in records for _ in range(group_size)]
     rewards = []
     for seed in (1, 2):
-        images = render_tokens(policy, prompts, codes, seed, steps, guidance, group_size)
+        images = render_tokens(policy, prompts, codes, seed, group_size)
         scores = geneval(images, metadata)  # type: ignore[arg-type]
         rewards.append(np.array([score.value for score in scores]).reshape(-1, group_size))
     correlations = [

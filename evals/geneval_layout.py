@@ -70,9 +70,7 @@ def export_geneval(results: ResultFolder, out: Path) -> int:
     return len(results.samples)
 
 
-def import_geneval(
-    file: Path, out: Path, *, images: Path | None = None, name: str | None = None
-) -> dict[str, Any]:
+def import_geneval(file: Path, out: Path, *, images: Path | None = None) -> dict[str, Any]:
     """Turn the official script's output into a result folder and return its results.json.
 
     `images` is the folder with 00000, 00001, ...; by default pictures are looked for where the file
@@ -90,7 +88,7 @@ def import_geneval(
         raise DataError(f"{file} has no rows.\n    Fix: give the output of evaluate_images.py.")
     rows.sort(key=lambda row: (row["prompt_id"], row["index"]))  # the script's order is the disk's
     with atomic_dir(out, replace=True) as staged:
-        return _write(file, rows, images, staged, name or out.name)
+        return _write(file, rows, images, staged, out.name)
 
 
 def _write(

@@ -12,19 +12,19 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment
 from markupsafe import Markup
 
 from common.atomic import write_text
 from common.errors import RunError
 from evals.compare import DIVERSITY, compare_all
+from evals.pages import TEMPLATES, environment
 from evals.recipe_diff import recipe_diff
 from evals.report_pictures import gallery
 from evals.results import ResultFolder, load_results
 from evals.suites import Metric
 from evals.training_curves import load_training
 
-TEMPLATES = Path(__file__).parent / "templates"
 _OWN = {"report.html", "report.md", "images"}
 """What a report folder holds."""
 
@@ -157,27 +157,19 @@ def render_markdown(facts: Mapping[str, Any]) -> str:
 
 
 def _environment(*, autoescape: bool) -> Environment:
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
+    return environment(
         autoescape=autoescape,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
+        value=format_value,
+        signed=format_signed,
+        points=format_points,
+        interval=format_interval,
+        p=format_p,
+        title_of=lambda task: str(task).replace("_", " "),
+        packed=packed_block,
+        md=markdown_text,
+        duration=format_duration,
+        gpu_hours=gpu_hours,
     )
-    environment.filters |= {
-        "value": format_value,
-        "signed": format_signed,
-        "points": format_points,
-        "interval": format_interval,
-        "p": format_p,
-        "title_of": lambda task: str(task).replace("_", " "),
-        "packed": packed_block,
-        "md": markdown_text,
-        "duration": format_duration,
-        "gpu_hours": gpu_hours,
-    }
-    return environment
 
 
 def format_value(number: float | None, metric: Metric) -> str:

@@ -286,8 +286,11 @@ def _score_again(
 def _score_all(
     suite: Suite, made: Sequence[Any], records: Sequence[Record]
 ) -> list[tuple[SampleScore, float]]:
+    score = partial(_score, suite)
+    if suite.workers == 1:  # in this thread, which Ctrl-C reaches
+        return list(map(score, made, records))
     with ThreadPoolExecutor(suite.workers) as pool:
-        return list(pool.map(partial(_score, suite), made, records))
+        return list(pool.map(score, made, records))
 
 
 def _score(suite: Suite, made: Any, record: Record) -> tuple[SampleScore, float]:

@@ -11,15 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
 from common.atomic import write_text
 from common.images import open_image
 from evals.located import found_in, picture_size
+from evals.pages import TEMPLATES, environment
 from evals.score_images import RewardSummary, ScoredImage
 
-_TEMPLATES = Path(__file__).parent / "templates"
 _STYLES = ("report.css", "gallery.css")
 MOST = 300
 """Pictures in a gallery: about 6 MB."""
@@ -79,15 +78,9 @@ def write_gallery(
 ) -> int:
     """Write the gallery and return how many pictures it shows: unscored ones, then the lowest."""
     chosen = sorted(rows, key=_rank)[:MOST]
-    style = "".join((_TEMPLATES / name).read_text("utf-8") for name in _STYLES)
-    environment = Environment(
-        loader=FileSystemLoader(_TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    text = environment.get_template("gallery.html.j2").render(
+    style = "".join((TEMPLATES / name).read_text("utf-8") for name in _STYLES)
+    page = environment(autoescape=True).get_template("gallery.html.j2")
+    text = page.render(
         cards=map(_card, chosen),
         shown=len(chosen),
         count=len(rows),

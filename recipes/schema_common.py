@@ -42,13 +42,18 @@ class Header(Section):
     ] = 0
 
 
-class OptimizerSection(Section):
+class StepsSection(Section):
     """Steps and learning rate."""
 
     steps: Annotated[int, Field(ge=1, description="Number of optimizer steps.")]
     learning_rate: Annotated[
         float, Field(gt=0, le=1, description="Peak learning rate, per optimizer step.")
     ]
+
+
+class OptimizerSection(StepsSection):
+    """Steps, learning rate and what else an optimizer takes."""
+
     warmup_steps: Annotated[
         int, Field(ge=0, description="Steps over which the learning rate rises from 0 to its peak.")
     ] = 0

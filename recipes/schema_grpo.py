@@ -268,7 +268,7 @@ class GrpoRecipe(Header):
     log: Annotated[LogSection, Field(description="Trackers.")] = LogSection()
 
     @model_validator(mode="after")
-    def _whole_batches(self) -> Self:
+    def _fits_together(self) -> Self:
         images = self.rollout.group_size * self.rollout.prompts_per_step
         if self.train.micro_batch and images % self.train.micro_batch:
             raise cross_error(
@@ -276,6 +276,13 @@ class GrpoRecipe(Header):
                 f"A step has {images} images (group_size x prompts_per_step), which "
                 f"{self.train.micro_batch} does not divide.",
                 f"use a divisor of {images}.",
+            )
+        each = self.rewards.multi_objective_aggregation == "normalize_then_sum"
+        if each and self.algorithm.advantage_scale == "none":
+            raise cross_error(
+                "algorithm.advantage_scale",
+                "With normalize_then_sum each reward is divided by its own standard deviation.",
+                "use group, or rewards.multi_objective_aggregation sum_then_normalize.",
             )
         if self.rollout.max_policy_lag and not self.rollout.workers:
             raise cross_error(

@@ -13,6 +13,7 @@ from recipes.schema_common import (
     SaveSection,
     SceneTask,
     Section,
+    StepsSection,
     TextPath,
     cross_error,
 )
@@ -32,6 +33,7 @@ ENCODED_AT_ONCE = 4
 CODEC_LOG_EVERY = 50
 """Steps between two rows of numbers while an image codec is trained."""
 Route = Literal["cross_attention", "noise_space"]
+BatchSize = Annotated[int, Field(ge=1, description="Pictures per optimizer step.")]
 
 
 class StartSection(Section):
@@ -66,23 +68,34 @@ class PretrainStartSection(StartSection):
     ] = None
 
 
-class PicturesSection(Section):
+class SceneTasksSection(Section):
+    """What pictures of the scene world show."""
+
+    tasks: Annotated[
+        dict[SceneTask, Annotated[float, Field(ge=0)]] | None,
+        Field(
+            min_length=1,
+            description="Scene world only: task -> how often it is drawn, relative to the others "
+            "(0 = never); null = all tasks alike.",
+        ),
+    ] = None
+
+    @model_validator(mode="after")
+    def _some_task(self) -> Self:
+        if self.tasks is not None and not any(self.tasks.values()):
+            raise cross_error("tasks", "Every task has weight 0.", "give one a weight above 0.")
+        return self
+
+
+class PicturesSection(SceneTasksSection):
     """Pictures to learn from."""
 
     source: Annotated[
         Literal["scenes"], Field(description="`scenes`: pictures of the scene world.")
     ] = "scenes"
-    tasks: Annotated[
-        dict[SceneTask, Annotated[float, Field(ge=0)]] | None,
-        Field(
-            min_length=1,
-            description="Task -> how often it is drawn, relative to the others (0 = never); "
-            "null = all tasks of the scene world alike.",
-        ),
-    ] = None
 
 
-class CaptionedSection(Section):
+class CaptionedSection(SceneTasksSection):
     """Pictures with captions, or edits: pictures with a reference and an instruction."""
 
     source: Annotated[
@@ -96,14 +109,6 @@ class CaptionedSection(Section):
         int,
         Field(ge=0, le=1, description="Reference pictures of each sample: 1 = the data are edits."),
     ] = 0
-    tasks: Annotated[
-        dict[SceneTask, Annotated[float, Field(ge=0)]] | None,
-        Field(
-            min_length=1,
-            description="Scene world only: task -> how often it is drawn, relative to the others "
-            "(0 = never); null = all tasks alike.",
-        ),
-    ] = None
     caption_noise: Annotated[
         float,
         Field(
@@ -135,6 +140,12 @@ class CaptionedSection(Section):
             if given and (shards or edits):
                 what = "Shards have" if shards else "Edits of the scene world have"
                 raise cross_error(key, f"{what} no {key}.", f"set data.{key}={off}.")
+        if self.context and not (shards or edits):
+            raise cross_error(
+                "context",
+                "Captions of the scene world are short and never cut.",
+                "set data.context=null.",
+            )
         if self.workers and not shards:
             raise cross_error(
                 "workers",
@@ -178,10 +189,10 @@ class PretrainLossSection(Section):
         return self
 
 
-class BuildTrainSection(OptimizerSection):
-    """The optimizer."""
+class PretrainTrainSection(OptimizerSection):
+    """The optimizer, and how the work is spread."""
 
-    batch_size: Annotated[int, Field(ge=1, description="Pictures per optimizer step.")]
+    batch_size: BatchSize
     optimizer: Annotated[
         Literal["muon", "adamw"],
         Field(description="muon = Muon for hidden matrices and AdamW for the rest."),
@@ -192,11 +203,6 @@ class BuildTrainSection(OptimizerSection):
     compile: Annotated[
         bool, Field(description="torch.compile the language model; needs a C++ compiler.")
     ] = False
-
-
-class PretrainTrainSection(BuildTrainSection):
-    """The optimizer, and how the work is spread."""
-
     micro_batch: Annotated[
         int | None,
         Field(
@@ -254,8 +260,14 @@ class PretrainTrainSection(BuildTrainSection):
         return self
 
 
-class ImageTokenizerTrainSection(BuildTrainSection):
-    """The optimizer of the image tokenizer."""
+class CodecTrainSection(StepsSection):
+    """What is left to choose: an image codec has a fixed optimizer and schedule."""
+
+    batch_size: BatchSize
+
+
+class ImageTokenizerTrainSection(CodecTrainSection):
+    """Training of the image tokenizer, by Muon."""
 
     unquantized_steps: Annotated[
         int,
@@ -263,8 +275,8 @@ class ImageTokenizerTrainSection(BuildTrainSection):
     ] = 500
 
 
-class AutoencoderTrainSection(BuildTrainSection):
-    """The optimizer of the autoencoder."""
+class AutoencoderTrainSection(CodecTrainSection):
+    """Training of the autoencoder, by AdamW."""
 
     latent_noise: Annotated[
         float,
@@ -312,16 +324,25 @@ class PretrainRecipe(Header):
             raise cross_error(
                 "policy.lora", "The AR model is not trained.", "add ar to trainable, or use null."
             )
+        heads = [part for part in self.trainable if part != "ar"]
+        if heads and not self.loss.flow_matching:
+            raise cross_error(
+                "trainable",
+                f"loss.flow_matching is 0, and {heads[0]} learns from nothing else.",
+                "use [ar], or give loss.flow_matching a weight above 0.",
+            )
         if self.policy.routes and not self.data.references:
             raise cross_error(
                 "policy.routes",
                 "Routes are for reference pictures, and the data have none.",
                 "set data.references to 1, or remove policy.routes.",
             )
-        if self.loss.draws == "per_batch" and self.data.source != "scenes":
+        if self.loss.draws == "per_batch" and (
+            self.data.source != "scenes" or self.data.references
+        ):
             raise cross_error(
                 "loss.draws",
-                "With shards, a resumed run would not repeat what torch's generator drew.",
+                "Each sample of shards, and each edit, has draws of its own.",
                 "use per_sample.",
             )
         return self
@@ -334,7 +355,6 @@ class _CodecRecipe(Header):
         StartSection()
     )
     data: Annotated[PicturesSection, Field(description="Pictures.")] = PicturesSection()
-    log: Annotated[LogSection, Field(description="Trackers.")] = LogSection()
 
 
 class ImageTokenizerRecipe(_CodecRecipe):

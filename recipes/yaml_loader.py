@@ -180,7 +180,7 @@ class _Builder:
             raise _too_deep(line)
         tag = node.tag.removeprefix("tag:yaml.org,2002:")
         if isinstance(node, ScalarNode):
-            return self._scalar(node, tag, path, line)
+            return _scalar(node, tag, line)
         if isinstance(node, SequenceNode) and tag == "seq":
             for index, item in enumerate(node.value):
                 self.lines[(*path, index)] = item.start_mark.line + 1
@@ -213,25 +213,26 @@ class _Builder:
                 values[key] = self.build(value_node, (*path, key))
         return values
 
-    def _scalar(self, node: ScalarNode, tag: str, path: KeyPath, line: int) -> Any:
-        text: str = node.value
-        if tag == "str":
-            _check_text(text, line)
-            return text
-        if tag == "null" and _NULL.fullmatch(text):
-            return None
-        if tag == "bool" and _BOOL.fullmatch(text):
-            return text == "true"
-        if tag == "int" and _INT.fullmatch(text):
-            return _integer(text, line)
-        if tag == "float" and (_FLOAT.fullmatch(text) or _INT.fullmatch(text)):
-            return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
-        if tag in ("null", "bool", "int", "float"):
-            raise _Stop(line, f"{text[:40]!r} is not a {tag}.", f"remove the tag `!!{tag}`.")
-        raise _bad_tag(node.tag, line)
-
     def _problem(self, line: int, key: str, message: str, fix: str) -> None:
         self.problems.append(Problem(f"{self.name}:{line}", key, message, fix))
+
+
+def _scalar(node: ScalarNode, tag: str, line: int) -> Any:
+    text: str = node.value
+    if tag == "str":
+        _check_text(text, line)
+        return text
+    if tag == "null" and _NULL.fullmatch(text):
+        return None
+    if tag == "bool" and _BOOL.fullmatch(text):
+        return text == "true"
+    if tag == "int" and _INT.fullmatch(text):
+        return _integer(text, line)
+    if tag == "float" and (_FLOAT.fullmatch(text) or _INT.fullmatch(text)):
+        return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
+    if tag in ("null", "bool", "int", "float"):
+        raise _Stop(line, f"{text[:40]!r} is not a {tag}.", f"remove the tag `!!{tag}`.")
+    raise _bad_tag(node.tag, line)
 
 
 def _integer(text: str, line: int) -> int:

@@ -162,7 +162,7 @@ def _train_codec(policy: Policy, recipe: CodecRecipe, log: RunLog) -> None:
             policy.image_tokenizer,
             batches,
             steps=train.steps,
-            warmup_steps=recipe.train.unquantized_steps,
+            unquantized_steps=recipe.train.unquantized_steps,
             learning_rate=train.learning_rate,
             log=log.row,
         )

@@ -35,11 +35,6 @@ class Sharding:
     gpus: int = 1
     stage: int = 0
 
-    @property
-    def name(self) -> str:
-        """Such as `8 GPUs, ZeRO-2`."""
-        return f"{self.gpus} GPUs, ZeRO-{self.stage}" if self.stage else "1 GPU"
-
 
 @dataclass(frozen=True, slots=True)
 class Memory:

@@ -8,16 +8,16 @@ from pathlib import Path
 from common.errors import RecipeError, RunError
 from common.registry import nearest
 from policy.anatomy import Anatomy
-from recipes import Recipe
 from recipes.schema_common import LoraSection
 from recipes.schema_grpo import GrpoRecipe
+from recipes.schema_pretrain import PretrainRecipe
 from rl.saved_rollouts import check_judges, check_saved
 
 _TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX")}
 """Packages of which one is needed, where the tracker is not called as its package."""
 
 
-def check_trackers(recipe: Recipe) -> None:
+def check_trackers(recipe: GrpoRecipe | PretrainRecipe) -> None:
     """Raise RunError unless every tracker of the recipe is installed."""
     for tracker in recipe.log.trackers:
         if not any(find_spec(package) for package in _TRACKERS.get(tracker, (tracker,))):

@@ -60,7 +60,7 @@ def trained_values(recipe: PretrainRecipe, anatomy: Anatomy) -> dict[str, int]:
     return counts
 
 
-def pretrain_flops(recipe: PretrainRecipe, anatomy: Anatomy, gpus: int = 1) -> Mapping[str, int]:
+def pretrain_flops(recipe: PretrainRecipe, anatomy: Anatomy) -> Mapping[str, int]:
     """Return the operations of one picture: stage -> forward and backward pass together.
 
     A product has two more in the backward pass, one for each factor; that of a frozen weight has
@@ -68,7 +68,7 @@ def pretrain_flops(recipe: PretrainRecipe, anatomy: Anatomy, gpus: int = 1) -> M
     it is counted with the others.
     """
     pictures = 1 + recipe.data.references
-    encoded = pictures * tokenizer_flops(anatomy, pictures_per_pass(recipe, gpus) * pictures)
+    encoded = pictures * tokenizer_flops(anatomy, pictures_per_pass(recipe, 1) * pictures)
     work = {"encode tokens": encoded, "language model": _language_model(recipe, anatomy)}
     if recipe.loss.flow_matching:
         latents = 2 if recipe.data.references and anatomy.routes else 1

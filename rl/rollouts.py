@@ -22,7 +22,7 @@ from rollout.decode import Decode, Decoder, Render
 from rollout.engine import Engine, RolloutBatch
 from rollout.micro_batch import Events, MicroBatch, pieces
 from rollout.pipeline import in_turn, overlapped
-from rollout.timeline import Interval, Timeline, busy_seconds
+from rollout.timeline import Interval, Timeline
 from rollout.transformers_engine import TransformersEngine
 
 Judge = Callable[[list[Image.Image], slice], list[Any]]
@@ -40,11 +40,6 @@ class Rollout:
     images: list[Image.Image]
     scores: list[Any]
     intervals: list[Interval]
-
-    @property
-    def seconds(self) -> dict[str, float]:
-        """How long each stage was at work."""
-        return busy_seconds(self.intervals)
 
 
 @dataclass

@@ -3,7 +3,6 @@
 This file is the way in: read `_run` from top to bottom.
 """
 
-from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from recipes import LoadedRecipe, dump_recipe, load_recipe
 from recipes.locate import located
 from recipes.schema_grpo import GrpoRecipe
 from recipes.schema_rollout import DecodeEvalSection
-from rl.callbacks import HeldOutCallback, InterruptCallback, JournalCallback
+from rl.callbacks import HeldOut, HeldOutCallback, InterruptCallback, JournalCallback
 from rl.checkpoints import checkpoint_to_resume, refuse_other_processes, step_of
 from rl.decode_check import DecodeCheck, decode_of_journal
 from rl.devices import note_devices, training_device, use_one_gpu
@@ -114,11 +113,10 @@ def _run(
         rewards.check_records(records)
         check_replayed_rewards(recipe, rewards.names)
         check_whole_batch(recipe, rewards.whole_batch, process_count())
-        suite = (
-            load_suite(recipe.evals.suite, recipe.evals.limit).from_prompts_alone()
-            if recipe.evals.every
-            else None
-        )
+        suite = None
+        if recipe.evals.every:
+            suite = load_suite(recipe.evals.suite, recipe.evals.limit).from_prompts_alone()
+            parts.callback(suite.close)
         asked = {str(r["prompt"]) for r in [*records, *(suite.records if suite else ())]}
         longest = max(map(len, policy.prompt_ids(sorted(asked))))
         told = Journaled()
@@ -317,7 +315,7 @@ def _decode_check(recipe: GrpoRecipe, events: Events) -> DecodeCheck | None:
     return DecodeCheck(check.every, check.limit, check.prompts, full, events)
 
 
-def _held_out(recipe: GrpoRecipe, suite: Suite, sampler: Sampler, sync: Sync) -> Any:
+def _held_out(recipe: GrpoRecipe, suite: Suite, sampler: Sampler, sync: Sync) -> HeldOut:
     """Return the held-out evaluation: the same prompts and seeds at every step of every run."""
     judge = Sampler(
         sampler.policy,
@@ -329,7 +327,7 @@ def _held_out(recipe: GrpoRecipe, suite: Suite, sampler: Sampler, sync: Sync) ->
         render=sampler.render,
     )
 
-    def held_out(step: int) -> Mapping[str, Any]:
+    def held_out(step: int) -> dict[str, Any]:
         sync(step)  # the engine still holds the weights of the step's rollouts
         rollout = judge([str(record["prompt"]) for record in suite.records], 1, "held-out")
         scores = [

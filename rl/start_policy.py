@@ -13,7 +13,7 @@ from common.errors import PolicyError, RunError
 from common.seeds import counter_seed
 from data.scenes import TASKS, caption, sample_scene
 from evals.policy_hash import policy_hash
-from policy import Policy, base_path, published
+from policy import Policy, policy_path, published
 from policy.connector import new_reference_connector
 from policy.quiet import quiet_libraries
 from policy.text import build_tokenizer
@@ -66,7 +66,7 @@ def load_start(path: str | None, seed: int, device: str = "cpu") -> Policy:
     """Return the policy at a path, the shipped one for `base`, a new tiny one for None."""
     if path is None:
         return new_tiny_policy(seed).to(device)
-    return Policy.from_pretrained(base_path() if path == "base" else path, device=device)
+    return Policy.from_pretrained(policy_path(path), device=device)
 
 
 def prepare_policy(

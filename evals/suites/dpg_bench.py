@@ -67,6 +67,7 @@ def dpg_bench(csv: str, judge: str = "yes_no", **arguments: str) -> Suite:
         },
         pictures=PICTURES,
         published=_published,
+        close=runner.close,
     )
 
 

@@ -6,19 +6,18 @@ in training too. The other five tasks have no prompt of training.
 
 from dataclasses import replace
 
+from data.prompts import GENEVAL_TASKS
 from data.scenes import scene_prompts
 from evals.suites.geneval import asked_for, geneval_suite
 from evals.suites.suite import Suite
 from rewards.detector import load_detector
-
-TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 
 
 def geneval_scenes() -> Suite:
     """Build the suite. Headline `strict`: the official script's correct or not (1 or 0)."""
     records = [
         {**record, "cluster": asked_for(record["metadata"])}
-        for record in scene_prompts("held_out", tasks=TASKS)
+        for record in scene_prompts("held_out", tasks=GENEVAL_TASKS)
     ]
     title = "GenEval in the scene world"
     suite = geneval_suite("geneval-scenes", title, records, load_detector("scenes"))

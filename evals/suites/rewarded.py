@@ -66,6 +66,7 @@ def reward_suite(
         },
         pictures=pictures,
         published=published,
+        close=runner.close,
     )
 
 

@@ -79,6 +79,8 @@ class Suite:
     published: Callable[[Sequence[Mapping[str, Any]]], dict[str, float]] | None = None
     """The numbers that publications show, from rows of samples.jsonl that were scored; None where
     the means over tasks are those."""
+    close: Callable[[], None] = lambda: None
+    """Ends what the scorer has started; calls that are under way are waited for no longer."""
 
     @property
     def headline(self) -> str:

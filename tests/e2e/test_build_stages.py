@@ -371,6 +371,13 @@ def test_pretraining_lowers_the_loss_it_minimises(policy_folder, tmp_path):
         "data.split=tune",
         "policy.dtype=bfloat16",
         "policy.device=cuda",
+        "log={trackers: [wandb]}",
+        "train.optimizer=adamw",
+        "train.warmup_steps=10",
+        "train.decay_steps=10",
+        "train.weight_decay=0.1",
+        "train.grad_clip=null",
+        "train.compile=true",
         "train.unquantized_steps=1200",
     ],
 )

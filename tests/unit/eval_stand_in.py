@@ -1,12 +1,14 @@
 """A policy whose error rate is known: it paints the scene that was asked for, or a wrong one."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from common.errors import RewardError
 from common.scene_world import CLASSES, COLORS
 from data.scenes import Scene, SceneObject, misdescribe, relations, render_scene, scene_prompts
 from evals.suites import Metric, SampleScore, Suite
@@ -152,3 +154,15 @@ def toy_suite(prompts: int = 24) -> Suite:
         },
         "it is made for tests",
     ).limited(prompts)
+
+
+def without_first(suite: Suite) -> Suite:
+    """The suite with a scorer that fails on its first prompt."""
+    broken = suite.records[0]["prompt_id"]
+
+    def score(image: Image.Image, record: Mapping[str, Any]) -> SampleScore:
+        if record["prompt_id"] == broken:
+            raise RewardError("the detector is away")
+        return suite.score(image, record)
+
+    return replace(suite, score=score)

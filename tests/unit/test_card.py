@@ -69,6 +69,14 @@ def test_the_card_holds_numbers_intervals_and_recipe(run: Path, tmp_path: Path) 
     assert main(arguments) == 0
 
 
+def test_a_policy_that_lies_beside_some_recipe_was_not_trained_by_it(run: Path) -> None:
+    (run / "policy").rename(run / "copy")
+    assert main(["card", str(run / "copy")]) == 0
+    card = ModelCard.load(run / "copy" / "README.md")
+    assert card.data.model_name == "copy"
+    assert RECIPE not in card.content
+
+
 def test_results_of_another_policy_are_refused(run: Path, tmp_path: Path, capsys) -> None:
     other = evaluated(tmp_path / "other", "0" * 32)
     assert main(["card", str(run), str(other)]) == 1

@@ -207,7 +207,7 @@ def test_check_finds_what_a_run_would_stop_at(capsys, override, told):
         ("policy.path=/nowhere", "/nowhere is not a policy folder"),
         ("trainable=[reference_connector]", "the policy has no reference_connector"),
         ("data.source=/nowhere/{0..3}.tar", "/nowhere/0.tar: no such shard (4 of 4"),
-        ("data.context=40", "data.context is 40"),
+        ("data={references: 1, context: 40}", "data.context is 40"),
         ("policy.lora={targets: [nix]}", "no linear map `nix`"),
     ],
 )

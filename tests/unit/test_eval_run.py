@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from eval_stand_in import StandInPolicy, toy_suite
+from eval_stand_in import StandInPolicy, toy_suite, without_first
 from PIL import Image
 
-from common.errors import RewardError, RunError, UsageError
+from common.errors import RunError, UsageError
 from common.lock import folder_lock
 from common.progress import SilentProgress
 from evals.policy_hash import policy_hash
@@ -184,16 +184,13 @@ def test_details_of_any_shape_do_not_stop_an_evaluation(tmp_path: Path) -> None:
 
 def test_comparability_is_decided_by_what_was_scored(tmp_path: Path) -> None:
     suite = replace(toy_suite(3), not_comparable=None, pictures=2)
-    first = suite.records[0]["prompt_id"]
 
     def score(image: Image.Image, record: Record) -> SampleScore:
-        if record["prompt_id"] == first:
-            raise RewardError("the detector is away")
         told = suite.score(image, record)
         return replace(told, details={**told.details, "not_comparable": "another detector"})
 
     policy = StandInPolicy(suite.records, 0.0)
-    judged = replace(suite, score=score)
+    judged = without_first(replace(suite, score=score))
     results = evaluate(policy, judged, tmp_path / "a", seeds=2, weights="w")
     assert results["suite"]["not_comparable"] == (
         "2 of 6 pictures could not be scored; another detector"
@@ -365,20 +362,8 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
 
 def test_an_unscored_sample_is_counted_and_never_zero(tmp_path: Path) -> None:
     suite = toy_suite(6)
-    broken = suite.records[0]["prompt_id"]
-
-    def score(image: Image.Image, record: Record) -> SampleScore:
-        if record["prompt_id"] == broken:
-            raise RewardError("the detector is away")
-        return suite.score(image, record)
-
-    results = evaluate(
-        StandInPolicy(suite.records, 0.0),
-        replace(suite, score=score),
-        tmp_path / "a",
-        seeds=2,
-        weights="w",
-    )
+    away, policy = without_first(suite), StandInPolicy(suite.records, 0.0)
+    results = evaluate(policy, away, tmp_path / "a", seeds=2, weights="w")
     task = suite.records[0]["metadata"]["tag"]
     assert results["unscored"]["strict"] == 2
     assert results["tasks"][task]["metrics"]["strict"] is None

@@ -4,25 +4,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from eval_stand_in import StandInPolicy, toy_suite
-from PIL import Image
+from eval_stand_in import StandInPolicy, toy_suite, without_first
 
-from common.errors import RewardError
 from evals.results import load_results
 from evals.run import evaluate
-from evals.suites import Record, SampleScore
+from evals.suites import SampleScore
 
 
 def test_a_failed_score_is_tried_again_on_the_stored_picture(tmp_path: Path) -> None:
     suite = toy_suite(3)
-    broken = suite.records[0]["prompt_id"]
-
-    def score(image: Image.Image, record: Record) -> SampleScore:
-        if record["prompt_id"] == broken:
-            raise RewardError("the detector is away")
-        return suite.score(image, record)
-
-    away = replace(suite, score=score)
+    away = without_first(suite)
     evaluate(StandInPolicy(suite.records, 0.4), away, tmp_path / "a", seeds=2, weights="w")
     policy = StandInPolicy(suite.records, 0.4)
     evaluate(policy, away, tmp_path / "b", seeds=2, weights="w")

@@ -137,7 +137,8 @@ def test_an_overlapped_step_has_the_numbers_of_the_serial_one(
     assert_same_bits(together, rolled(policy, 3, **options))
     assert policy.ar.training
     assert {interval.wave for interval in together.intervals} == {0, 1, 2}
-    assert set(together.seconds) == {"rollout", "score", "render", "reward"}
+    stages = {interval.stage for interval in together.intervals}
+    assert stages == {"rollout", "score", "render", "reward"}
 
 
 def test_waves_change_no_token_and_no_place(policy):

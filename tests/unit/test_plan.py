@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from cli import console, doctor, grpo_plan, machine
+from cli import console, doctor, machine, plan_parts
 from cli.main import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -199,6 +199,6 @@ def test_a_codec_s_rows_are_counted(capsys):
 
 
 def test_operations_are_readable():
-    assert grpo_plan.operations(999) == "999 FLOP"
-    assert grpo_plan.operations(64.6e12) == "64.6 TFLOP"
-    assert grpo_plan.operations(2.21e16) == "22.1 PFLOP"
+    assert plan_parts.operations(999) == "999 FLOP"
+    assert plan_parts.operations(64.6e12) == "64.6 TFLOP"
+    assert plan_parts.operations(2.21e16) == "22.1 PFLOP"

@@ -13,8 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from cli import machine
-from cli.grpo_plan import gigabytes, table_line
 from cli.main import main
+from cli.plan_parts import gigabytes, table_line
 from policy import base_path
 from policy.anatomy import read_anatomy
 from policy.published import SANA, published_anatomy, published_modules
@@ -342,7 +342,8 @@ def test_one_change_is_named_where_memory_is_short(monkeypatch, capsys):
 
 
 def test_without_flow_matching_no_latents_are_made(base):
-    recipe = recipe_of("tiny/pretrain", "policy.path=base", "loss.flow_matching=0")
+    changes = ["policy.path=base", "loss.flow_matching=0", "trainable=[ar]"]
+    recipe = recipe_of("tiny/pretrain", *changes)
     assert list(pretrain_memory(recipe, base, Sharding()).phases) == ["update"]
 
 

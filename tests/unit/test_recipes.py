@@ -313,6 +313,14 @@ def test_the_kinds_that_build_a_policy(kind, write):
     assert "unknown key" in problems_of("r.yaml", ["rollout.engine=vllm"])[0].message.lower()
 
 
+def test_a_scaling_that_the_aggregation_would_ignore_is_refused():
+    overrides = [
+        "rewards.multi_objective_aggregation=normalize_then_sum", "algorithm.advantage_scale=none"
+    ]  # fmt: skip
+    [problem] = problems_of("geneval-scenes", overrides)
+    assert problem.key == "algorithm.advantage_scale"
+
+
 # --- fuzz ------------------------------------------------------------------------------------
 
 

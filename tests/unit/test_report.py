@@ -17,8 +17,9 @@ from PIL import Image
 
 from benchmarks.report import write_folder
 from common.errors import RunError
+from evals.pages import TEMPLATES
 from evals.recipe_diff import recipe_diff
-from evals.report import TEMPLATES, build_report, format_signed, gpu_hours, markdown_text
+from evals.report import build_report, format_signed, gpu_hours, markdown_text
 from evals.results import load_results
 from evals.run import evaluate
 from evals.suites import Metric

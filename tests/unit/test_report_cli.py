@@ -1,6 +1,10 @@
 """The verbs `eval` and `report` as a user types them."""
 
+import json
+import signal
 import sys
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -63,6 +67,37 @@ def test_unknown_suite_fails_before_the_policy_is_loaded(
 ) -> None:
     assert main(["eval", str(stand_in), "--suite", "geneval-scene"]) != 0
     assert "geneval-scenes" in capsys.readouterr().err
+
+
+HANGS = """
+import signal
+import threading
+
+from rewards import reward
+
+
+@reward(name="hangs")
+def hangs(images, prompts):
+    signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+    threading.Event().wait(30)
+    return [1.0] * len(images)
+"""
+
+
+def test_ctrl_c_does_not_wait_for_a_judge_that_hangs(stand_in: Path) -> None:
+    Path("judge.py").write_text(HANGS)
+    prompt = load_suite("geneval-scenes").records[0]["prompt"]
+    Path("prompts.jsonl").write_text(json.dumps({"prompt": prompt}))
+    options = ["prompts=prompts.jsonl", "reward=judge.py:hangs"]
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    started = time.monotonic()
+    try:
+        assert main(["eval", str(stand_in), *options, "--suite", "prompt-file"]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert time.monotonic() - started < 20
+    # Of these the interpreter would wait at its end.
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("reward_")]
 
 
 def test_report_of_nothing_names_the_folder(
