@@ -168,7 +168,8 @@ def vllm_pictures(recipe: GrpoRecipe, anatomy: Anatomy) -> int:
     """Return how many pictures vLLM's cache holds at the same time."""
     length = anatomy.prompt_tokens + anatomy.num_tokens
     cache = int(recipe.rollout.vllm.cache_gib * 2**30)
-    return cache // (length * cache_per_token(anatomy.parts["ar"], width_of(recipe)))
+    width = 1 if recipe.rollout.vllm.cache_dtype == "fp8" else width_of(recipe)
+    return cache // (length * cache_per_token(anatomy.parts["ar"], width))
 
 
 def sampler_rows(recipe: GrpoRecipe, images: int) -> int:

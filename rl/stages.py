@@ -144,6 +144,7 @@ def build_engine(
         adapter_rank(recipe),
         rollout.vllm.cache_gib,
         rollout.vllm.compile,
+        rollout.vllm.cache_dtype,
     )
     if place is None:
         return spec.build()

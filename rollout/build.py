@@ -29,7 +29,8 @@ class EngineSpec:
     """Of adapters that are pushed beside the folder's weights (vllm); None = whole models are."""
     cache_gib: float = 1.0
     compile_model: bool = False
-    """Both are vLLM's."""
+    cache_dtype: Literal["auto", "fp8"] = "auto"
+    """All three are vLLM's."""
 
     def build(self) -> Engine:
         """Load the weights and start the engine in this process."""
@@ -45,6 +46,7 @@ class EngineSpec:
                 max_prompt_length=self.max_prompt_length,
                 cache_gib=self.cache_gib,
                 compile_model=self.compile_model,
+                cache_dtype=self.cache_dtype,
                 lora_rank=self.lora_rank,
             )
         from transformers import Qwen3ForCausalLM

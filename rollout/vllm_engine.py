@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -46,10 +46,12 @@ class VllmEngine:
             (32, 64, 80, 96, 112, 128, ...).
         image_start_id, num_image_tokens: vocabulary ids of the image tokens.
         completion_length: N, tokens of a picture.
-        dtype: type of weights and cache.
+        dtype: type of weights, and of the cache if that is "auto".
         max_prompt_length: longest prompt in tokens.
         max_sequences: most sequences sampled at the same time.
         cache_gib: memory for keys and values, in GiB.
+        cache_dtype: "fp8" keeps them in 8 bits (e4m3, scale 1): samples then come from a law a
+            little beside the trainer's, and their log-probs are of that law.
         compile_model: compile (CPU: about 30 s) or capture graphs (GPU) at the start.
         threads: threads of torch's pool while sampling; None leaves the process's setting.
         lora_rank: rank of the adapter that pushes consist of, beside the base in `ar_folder`; None:
@@ -67,6 +69,7 @@ class VllmEngine:
         max_prompt_length: int = 256,
         max_sequences: int = 256,
         cache_gib: float = 1.0,
+        cache_dtype: Literal["auto", "fp8"] = "auto",
         compile_model: bool = False,
         threads: int | None = None,
         lora_rank: int | None = None,
@@ -92,6 +95,7 @@ class VllmEngine:
                 enforce_eager=not compile_model,
                 distributed_executor_backend="uni",
                 kv_cache_memory_bytes=int(cache_gib * 2**30),
+                kv_cache_dtype=cache_dtype,
                 # Prompts are short; a prompt's first blocks are shared by its group.
                 block_size=32,
                 enable_prefix_caching=True,
@@ -243,16 +247,16 @@ def _start(ar_folder: Path, **settings: Any) -> Any:
         from vllm.platforms import current_platform
 
         if current_platform.is_cpu():
-            _check_head_dim(ar_folder)
+            _check_cpu_attention(ar_folder, settings["kv_cache_dtype"])
         # Given as a class, the model is not inspected in a further process: that process would
         # import torchvision without our preparation, and takes seconds.
         vllm.ModelRegistry.register_model("Qwen3ForCausalLM", Qwen3ForCausalLM)
         return vllm.LLM(logging_config=LoggingConfig(log_level="ERROR"), **settings)
 
 
-def _check_head_dim(ar_folder: Path) -> None:
+def _check_cpu_attention(ar_folder: Path, cache_dtype: str) -> None:
     """vLLM would accept the model, start, and stop at the first request."""
-    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, _get_attn_isa
 
     path = ar_folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
@@ -263,6 +267,13 @@ def _check_head_dim(ar_folder: Path) -> None:
             f"{path}: head_dim is {head_dim}, and vLLM's CPU attention knows {sizes}; "
             "use the transformers engine for this policy"
         )
+    try:
+        _get_attn_isa(torch.float32, 32, head_dim, cache_dtype)
+    except NotImplementedError as error:
+        raise PolicyError(
+            f"rollout.vllm.cache_dtype: {cache_dtype} does not go with {path} on this CPU: {error}"
+            "\n    Fix: rollout.vllm.cache_dtype=auto"
+        ) from None
 
 
 @contextmanager

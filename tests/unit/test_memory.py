@@ -232,6 +232,15 @@ def test_vllm_s_cache_is_the_recipe_s(published):
     assert memory.vllm_pictures(recipe, published) == expected > 200
 
 
+@pytest.mark.parametrize(("dtype", "times"), [("bfloat16", 2), ("float32", 4)])
+def test_a_cache_in_8_bits_holds_more_pictures(published, dtype, times):
+    asked = ("rollout.engine=vllm", "rollout.vllm.cache_gib=20", f"policy.dtype={dtype}")
+    before = memory.vllm_pictures(recipe_of("blip3o-next-3b/grpo-geneval", *asked), published)
+    asked = (*asked, "rollout.vllm.cache_dtype=fp8")
+    found = memory.vllm_pictures(recipe_of("blip3o-next-3b/grpo-geneval", *asked), published)
+    assert times * before <= found < times * (before + 1)
+
+
 def test_workers_sample_elsewhere(published):
     name, engine = "blip3o-next-3b/grpo-geneval", "rollout.engine=vllm"
     found = memory.grpo_memory(recipe_of(name, engine, "rollout.workers=4"), published)

@@ -208,16 +208,17 @@ def test_the_recipe_s_options_reach_trl(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        ([], (1.0, False, None)),
-        (["rollout.vllm={cache_gib: 20, compile: true}"], (20.0, True, None)),
-        (["rollout.lora_sync=adapter", "policy.lora={rank: 8}"], (1.0, False, 8)),
+        ([], (1.0, False, "auto", None)),
+        (["rollout.vllm={cache_gib: 20, compile: true}"], (20.0, True, "auto", None)),
+        (["rollout.vllm.cache_dtype=fp8"], (1.0, False, "fp8", None)),
+        (["rollout.lora_sync=adapter", "policy.lora={rank: 8}"], (1.0, False, "auto", 8)),
     ],
 )
 def test_the_recipe_s_options_reach_vllm(policy, monkeypatch, overrides, expected):
     monkeypatch.setattr(EngineSpec, "build", lambda spec: spec)
     recipe = recipe_of("rollout.engine=vllm", *overrides)
     spec = build_engine(recipe, policy, 64, None, Journaled())
-    assert (spec.cache_gib, spec.compile_model, spec.lora_rank) == expected
+    assert (spec.cache_gib, spec.compile_model, spec.cache_dtype, spec.lora_rank) == expected
 
 
 def test_reward_workers_have_time_for_rewards_that_hang():
@@ -273,7 +274,7 @@ def test_a_sync_refuses_an_engine_that_computes_something_else(policy, policy_fo
 
     for step in (0, 1):
         with pytest.raises(WeightMismatch):
-            _sync(policy, Deaf())(step)
+            _sync(policy, Deaf(), False, 1e-4)(step)
 
 
 # --- quiet and signals ---------------------------------------------------------------------------
