@@ -299,6 +299,12 @@ class GrpoRecipe(Header):
                 "With a cache in 8 bits vLLM samples from a law a little beside the trainer's.",
                 "set algorithm.importance_cap, such as 2.0, or this to auto.",
             )
+        if self.rollout.vllm.sleep and (self.rollout.waves > 1 or self.rollout.max_policy_lag):
+            raise cross_error(
+                "rollout.vllm.sleep",
+                "With waves or a policy lag vLLM samples while others need its memory.",
+                "set rollout.waves to 1 and rollout.max_policy_lag to 0, or this to false.",
+            )
         lora = self.policy.lora
         if self.rollout.lora_sync == "adapter" and (
             self.rollout.engine != "vllm" or lora is None or lora.rank > 512

@@ -65,6 +65,13 @@ class VllmSection(Section):
             "or four times the pictures; fp8 needs algorithm.importance_cap."
         ),
     ] = "auto"
+    sleep: Annotated[
+        bool,
+        Field(
+            description="Leave the GPU between rollouts to those who share it: weights wait in "
+            "host memory, the cache is dropped."
+        ),
+    ] = False
 
 
 class RolloutSection(Section):

@@ -145,6 +145,7 @@ def build_engine(
         rollout.vllm.cache_gib,
         rollout.vllm.compile,
         rollout.vllm.cache_dtype,
+        rollout.vllm.sleep,
     )
     if place is None:
         return spec.build()

@@ -30,7 +30,8 @@ class EngineSpec:
     cache_gib: float = 1.0
     compile_model: bool = False
     cache_dtype: Literal["auto", "fp8"] = "auto"
-    """All three are vLLM's."""
+    sleep: bool = False
+    """These four are vLLM's."""
 
     def build(self) -> Engine:
         """Load the weights and start the engine in this process."""
@@ -47,6 +48,7 @@ class EngineSpec:
                 cache_gib=self.cache_gib,
                 compile_model=self.compile_model,
                 cache_dtype=self.cache_dtype,
+                sleep=self.sleep,
                 lora_rank=self.lora_rank,
             )
         from transformers import Qwen3ForCausalLM

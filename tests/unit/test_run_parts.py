@@ -208,17 +208,18 @@ def test_the_recipe_s_options_reach_trl(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        ([], (1.0, False, "auto", None)),
-        (["rollout.vllm={cache_gib: 20, compile: true}"], (20.0, True, "auto", None)),
-        (["rollout.vllm.cache_dtype=fp8"], (1.0, False, "fp8", None)),
-        (["rollout.lora_sync=adapter", "policy.lora={rank: 8}"], (1.0, False, "auto", 8)),
+        ([], (1.0, False, "auto", False, None)),
+        (["rollout.vllm={cache_gib: 20, compile: true}"], (20.0, True, "auto", False, None)),
+        (["rollout.vllm={cache_dtype: fp8, sleep: true}"], (1.0, False, "fp8", True, None)),
+        (["rollout.lora_sync=adapter", "policy.lora={rank: 8}"], (1.0, False, "auto", False, 8)),
     ],
 )
 def test_the_recipe_s_options_reach_vllm(policy, monkeypatch, overrides, expected):
     monkeypatch.setattr(EngineSpec, "build", lambda spec: spec)
     recipe = recipe_of("rollout.engine=vllm", *overrides)
     spec = build_engine(recipe, policy, 64, None, Journaled())
-    assert (spec.cache_gib, spec.compile_model, spec.cache_dtype, spec.lora_rank) == expected
+    vllm = (spec.cache_gib, spec.compile_model, spec.cache_dtype, spec.sleep)
+    assert (*vllm, spec.lora_rank) == expected
 
 
 def test_reward_workers_have_time_for_rewards_that_hang():
