@@ -335,6 +335,7 @@ def _held_out(recipe: GrpoRecipe, suite: Suite, sampler: Sampler, sync: Sync) ->
         decoding(recipe.decode.eval, shared_noise=False),
         run_seed=0,
         micro_batch=recipe.train.micro_batch,
+        events=sampler.events,
         render=sampler.render,
     )
 

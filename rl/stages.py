@@ -148,7 +148,7 @@ def build_engine(
         rollout.vllm.sleep,
     )
     if place is None:
-        return spec.build()
+        return spec.build(told.events)
     return RayPool(spec.build, place, policy.ar.dtype, told.events, told.busy)
 
 

@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 
 from rollout.engine import Engine
+from rollout.micro_batch import Events
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,11 @@ class EngineSpec:
     sleep: bool = False
     """These four are vLLM's."""
 
-    def build(self) -> Engine:
-        """Load the weights and start the engine in this process."""
+    def build(self, events: Events) -> Engine:
+        """Load the weights and start the engine in this process; `events`: where it tells halvings.
+
+        vLLM manages its memory itself and tells none.
+        """
         dtype = getattr(torch, self.dtype)
         images = (self.image_start_id, self.num_image_tokens, self.completion_length)
         if self.engine == "vllm":
@@ -56,4 +60,4 @@ class EngineSpec:
         from rollout.transformers_engine import TransformersEngine
 
         model = Qwen3ForCausalLM.from_pretrained(self.ar_folder, dtype=dtype).to(self.device)
-        return TransformersEngine(model.eval(), *images, self.pad_id)
+        return TransformersEngine(model.eval(), *images, self.pad_id, events=events)

@@ -215,7 +215,7 @@ def test_the_recipe_s_options_reach_trl(tmp_path):
     ],
 )
 def test_the_recipe_s_options_reach_vllm(policy, monkeypatch, overrides, expected):
-    monkeypatch.setattr(EngineSpec, "build", lambda spec: spec)
+    monkeypatch.setattr(EngineSpec, "build", lambda spec, events: spec)
     recipe = recipe_of("rollout.engine=vllm", *overrides)
     spec = build_engine(recipe, policy, 64, None, Journaled())
     vllm = (spec.cache_gib, spec.compile_model, spec.cache_dtype, spec.sleep)
