@@ -257,6 +257,22 @@ def test_the_held_out_curve_is_drawn_with_the_weights_of_its_step(policy):
     assert set(first) > {"strict", "per_task"}
 
 
+def test_the_journal_learns_of_memory_that_runs_out_in_a_held_out_evaluation(policy, monkeypatch):
+    recipe = recipe_of("evals.limit=3", "decode.eval.steps=1")
+    sampler = Sampler(policy, engine_of(policy), Sampling(), Decode(1, 1.0), run_seed=9)
+    condition_rows = policy.condition_rows
+
+    def tight(prompt_ids, completion_ids):
+        torch.empty(2**50 if len(prompt_ids) > 2 else 1)
+        return condition_rows(prompt_ids, completion_ids)
+
+    monkeypatch.setattr(policy, "condition_rows", tight)
+    suite = load_suite(recipe.evals.suite, recipe.evals.limit)
+    _held_out(recipe, suite, sampler, lambda step: None)(0)
+    [event] = sampler.events
+    assert (event["stage"], event["micro_batch"]) == ("score", 2)
+
+
 def test_a_sync_refuses_an_engine_that_computes_something_else(policy, policy_folder):
     from policy import Policy
 
