@@ -36,19 +36,24 @@ points over the same prompts share."""
 
 
 def alarms(
-    steps: Sequence[Row], held_out: Sequence[Row], groups: int | None = None, kept: float = 1.0
+    steps: Sequence[Row],
+    held_out: Sequence[Row],
+    groups: int | None = None,
+    kept: float = 1.0,
+    rounded: bool = False,
 ) -> dict[str, str]:
     """Return a sentence for each thing that looks wrong, by its kind; none for a healthy run.
 
     `steps` and `held_out` are the rows of metrics.jsonl, `groups` the prompts of a step, `kept` the
-    least probability that truncated sampling leaves to a step's tokens (top-p; of top-k: 0).
+    least probability that truncated sampling leaves to a step's tokens (top-p; of top-k: 0);
+    `rounded`: whether the engine keeps keys and values in 8 bits.
     """
     if not steps:
         return {}
     found = {
         "unscored": _unscored(steps[-1]),
         "no signal": _no_signal(steps, groups),
-        "engine": _apart(steps[-1], kept),
+        "engine": _apart(steps[-1], kept, rounded),
         "clipped": _clipped(steps),
         "gradient": _spike(steps),
         "entropy": _collapsed(steps),
@@ -83,12 +88,14 @@ def _no_signal(steps: Sequence[Row], groups: int | None) -> str | None:
     )
 
 
-def _apart(newest: Row, kept: float) -> str | None:
+def _apart(newest: Row, kept: float, rounded: bool) -> str | None:
     mismatch, ratio = newest.get("logprob_mismatch_max"), newest.get("importance_ratio_mean")
     # The trainer's softmax is whole: of a truncated one, the ratio is what truncation kept.
     allowed = MISMATCH + (-log(kept) if kept else inf)
-    # With a policy lag they differ by an update, on purpose; then only the mean ratio tells.
-    if mismatch is not None and mismatch > allowed and not newest.get("policy_lag"):
+    # With a policy lag they differ by an update, with a rounded cache by its rounding, both on
+    # purpose; then only the mean ratio tells.
+    on_purpose = rounded or newest.get("policy_lag")
+    if mismatch is not None and mismatch > allowed and not on_purpose:
         return f"engine and trainer differ by {mismatch:.2f} nats on a token: stop and check"
     if ratio is not None and not kept - RATIO_OFF <= ratio <= 1 + RATIO_OFF:
         return f"the mean importance ratio is {ratio:.2f}: engine and trainer have parted"

@@ -79,5 +79,5 @@ def sampled_by(
         max(map(len, policy.prompt_ids(list(prompts)))),
         str(policy.ar.device),
     )
-    with closing(spec.build()) as started:
+    with closing(spec.build([])) as started:
         yield EnginePolicy(policy, started)

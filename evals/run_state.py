@@ -83,10 +83,11 @@ def read_run(run_dir: Path, now: float) -> RunState:
     held_out = [row for row in rows if row.get("event") == "eval"]
     silent = max(0.0, now - (journal if journal.exists() else file).stat().st_mtime)
     finished = (run_dir / "policy" / "policy.json").is_file()
-    groups, kept = None, 1.0
+    groups, kept, rounded = None, 1.0, False
     if recipe.kind == "grpo":
         groups = recipe.rollout.prompts_per_step
         kept = 0.0 if recipe.rollout.top_k else recipe.rollout.top_p
+        rounded = recipe.rollout.engine == "vllm" and recipe.rollout.vllm.cache_dtype == "fp8"
     state = RunState(
         run_dir,
         recipe.name,
@@ -96,7 +97,7 @@ def read_run(run_dir: Path, now: float) -> RunState:
         steps,
         held_out,
         silent,
-        alarms(steps, held_out, groups, kept),
+        alarms(steps, held_out, groups, kept, rounded),
     )
     return _with_phase(state, finished)
 

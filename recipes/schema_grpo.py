@@ -296,6 +296,22 @@ class GrpoRecipe(Header):
                 "Samples of older weights need the per-token correction.",
                 "set algorithm.importance_cap, such as 2.0, or this to 0.",
             )
+        if (
+            self.rollout.engine == "vllm"
+            and self.rollout.vllm.cache_dtype == "fp8"
+            and self.algorithm.importance_cap is None
+        ):
+            raise cross_error(
+                "rollout.vllm.cache_dtype",
+                "With a cache in 8 bits vLLM samples from a law a little beside the trainer's.",
+                "set algorithm.importance_cap, such as 2.0, or this to auto.",
+            )
+        if self.rollout.vllm.sleep and (self.rollout.waves > 1 or self.rollout.max_policy_lag):
+            raise cross_error(
+                "rollout.vllm.sleep",
+                "With waves or a policy lag vLLM samples while others need its memory.",
+                "set rollout.waves to 1 and rollout.max_policy_lag to 0, or this to false.",
+            )
         lora = self.policy.lora
         if self.rollout.lora_sync == "adapter" and (
             self.rollout.engine != "vllm" or lora is None or lora.rank > 512

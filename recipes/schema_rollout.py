@@ -58,6 +58,20 @@ class VllmSection(Section):
             "minute or more."
         ),
     ] = False
+    cache_dtype: Annotated[
+        Literal["auto", "fp8"],
+        Field(
+            description="Number format of keys and values: that of the policy, or 8 bits, for two "
+            "or four times the pictures; fp8 needs algorithm.importance_cap."
+        ),
+    ] = "auto"
+    sleep: Annotated[
+        bool,
+        Field(
+            description="Leave the GPU between rollouts to those who share it: weights wait in "
+            "host memory, the cache is dropped."
+        ),
+    ] = False
 
 
 class RolloutSection(Section):

@@ -122,10 +122,17 @@ def _resident(recipe: GrpoRecipe, anatomy: Anatomy, sharding: Sharding, own: int
     }
     if recipe.algorithm.beta and lora is None:
         resident["KL reference"] = counts["ar"] * width
-    if recipe.rollout.engine == "vllm" and not recipe.rollout.workers:
-        resident["vLLM's weights"] = counts["ar"] * width
-        resident["vLLM's cache"] = int(recipe.rollout.vllm.cache_gib * 2**30)
-    return resident
+    return resident if recipe.rollout.vllm.sleep else resident | _vllm(recipe, anatomy)
+
+
+def _vllm(recipe: GrpoRecipe, anatomy: Anatomy) -> dict[str, int]:
+    """Return what vLLM holds on the trainer's GPU while it is awake."""
+    if recipe.rollout.engine != "vllm" or recipe.rollout.workers:
+        return {}
+    return {
+        "vLLM's weights": anatomy.parameters["ar"] * width_of(recipe),
+        "vLLM's cache": int(recipe.rollout.vllm.cache_gib * 2**30),
+    }
 
 
 def _share(count: int, sharding: Sharding, stage: int) -> int:
@@ -163,7 +170,8 @@ def vllm_pictures(recipe: GrpoRecipe, anatomy: Anatomy) -> int:
     """Return how many pictures vLLM's cache holds at the same time."""
     length = anatomy.prompt_tokens + anatomy.num_tokens
     cache = int(recipe.rollout.vllm.cache_gib * 2**30)
-    return cache // (length * cache_per_token(anatomy.parts["ar"], width_of(recipe)))
+    width = 1 if recipe.rollout.vllm.cache_dtype == "fp8" else width_of(recipe)
+    return cache // (length * cache_per_token(anatomy.parts["ar"], width))
 
 
 def sampler_rows(recipe: GrpoRecipe, images: int) -> int:
@@ -178,9 +186,10 @@ def _sampling(recipe: GrpoRecipe, anatomy: Anatomy, images: int) -> int:
     if recipe.rollout.workers:
         return 0  # they sample on GPUs of their own
     if recipe.rollout.engine == "vllm":
-        # Its logits are of the whole vocabulary; the cache is resident.
+        # Its logits are of the whole vocabulary; weights and cache are resident unless it sleeps.
         rows = min(images, vllm_pictures(recipe, anatomy))
-        return 3 * SINGLE * rows * int(ar.config["vocab_size"])
+        woken = sum(_vllm(recipe, anatomy).values()) if recipe.rollout.vllm.sleep else 0
+        return woken + 3 * SINGLE * rows * int(ar.config["vocab_size"])
     rows = sampler_rows(recipe, images)
     # A token's log-probs in float32 and, to draw from them, twice in float64.
     drawing = rows * anatomy.num_image_tokens * (SINGLE + 2 * 8)

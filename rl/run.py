@@ -53,8 +53,11 @@ from rollout.sync import ModelSide, push_weights, verify_sync
 
 PROBE_EVERY = 25
 """Steps between two syncs that are proved by probe prompts besides the fingerprint."""
-PROBE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.5}
+PROBE_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.5}
 """Largest difference in nats of a probe token's log-prob; two bfloat16 passes differ by 0.1."""
+FP8_TOLERANCE = 2.0
+"""The same where vLLM keeps keys and values in 8 bits, whatever the policy's format. Measured over
+1,152 tokens each: 0.32 with the shipped base, 1.22 with random weights of the sharpest softmax."""
 
 
 def train(loaded: LoadedRecipe, run_dir: Path, progress: Progress | None = None) -> None:
@@ -121,7 +124,7 @@ def _run(
         longest = max(map(len, policy.prompt_ids(sorted(asked))))
         told = Journaled()
         stages = open_stages(recipe, policy, rewards, longest, told, parts)
-        sync = _sync(policy, stages.engine, bool(adapter_rank(recipe)))
+        sync = _sync(policy, stages.engine, bool(adapter_rank(recipe)), probe_tolerance(recipe))
         rollout, decode = recipe.rollout, recipe.decode.train
         sampler = Sampler(
             policy,
@@ -285,7 +288,14 @@ def trainer_config(recipe: GrpoRecipe, run_dir: Path, completion_length: int) ->
     )
 
 
-def _sync(policy: Policy, engine: Engine, adapter: bool = False) -> Sync:
+def probe_tolerance(recipe: GrpoRecipe) -> float:
+    """Return by how many nats engine and trainer may differ on a probe token's log-prob."""
+    if recipe.rollout.engine == "vllm" and recipe.rollout.vllm.cache_dtype == "fp8":
+        return FP8_TOLERANCE
+    return PROBE_TOLERANCE[recipe.policy.dtype]
+
+
+def _sync(policy: Policy, engine: Engine, adapter: bool, tolerance: float) -> Sync:
     config = policy.config
     probes = policy.prompt_ids(["a photo of a red circle", "a photo of two squares", "a sign", "x"])
 
@@ -294,7 +304,7 @@ def _sync(policy: Policy, engine: Engine, adapter: bool = False) -> Sync:
     def sync(step: int) -> None:
         side = ModelSide(policy.ar, step, probes, *images, adapter)
         if step % PROBE_EVERY == 0:
-            verify_sync(engine, side, PROBE_TOLERANCE[policy.ar.dtype])
+            verify_sync(engine, side, tolerance)
         else:
             push_weights(engine, side)
 
@@ -324,6 +334,7 @@ def _held_out(recipe: GrpoRecipe, suite: Suite, sampler: Sampler, sync: Sync) ->
         decoding(recipe, recipe.decode.eval, shared_noise=False),
         run_seed=0,
         micro_batch=recipe.train.micro_batch,
+        events=sampler.events,
         render=sampler.render,
     )
 

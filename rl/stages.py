@@ -144,9 +144,11 @@ def build_engine(
         adapter_rank(recipe),
         rollout.vllm.cache_gib,
         rollout.vllm.compile,
+        rollout.vllm.cache_dtype,
+        rollout.vllm.sleep,
     )
     if place is None:
-        return spec.build()
+        return spec.build(told.events)
     return RayPool(spec.build, place, policy.ar.dtype, told.events, told.busy)
 
 

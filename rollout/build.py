@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 
 from rollout.engine import Engine
+from rollout.micro_batch import Events
 
 
 @dataclass(frozen=True)
@@ -29,10 +30,15 @@ class EngineSpec:
     """Of adapters that are pushed beside the folder's weights (vllm); None = whole models are."""
     cache_gib: float = 1.0
     compile_model: bool = False
-    """Both are vLLM's."""
+    cache_dtype: Literal["auto", "fp8"] = "auto"
+    sleep: bool = False
+    """These four are vLLM's."""
 
-    def build(self) -> Engine:
-        """Load the weights and start the engine in this process."""
+    def build(self, events: Events) -> Engine:
+        """Load the weights and start the engine in this process; `events`: where it tells halvings.
+
+        vLLM manages its memory itself and tells none.
+        """
         dtype = getattr(torch, self.dtype)
         images = (self.image_start_id, self.num_image_tokens, self.completion_length)
         if self.engine == "vllm":
@@ -45,6 +51,8 @@ class EngineSpec:
                 max_prompt_length=self.max_prompt_length,
                 cache_gib=self.cache_gib,
                 compile_model=self.compile_model,
+                cache_dtype=self.cache_dtype,
+                sleep=self.sleep,
                 lora_rank=self.lora_rank,
             )
         from transformers import Qwen3ForCausalLM
@@ -52,4 +60,4 @@ class EngineSpec:
         from rollout.transformers_engine import TransformersEngine
 
         model = Qwen3ForCausalLM.from_pretrained(self.ar_folder, dtype=dtype).to(self.device)
-        return TransformersEngine(model.eval(), *images, self.pad_id)
+        return TransformersEngine(model.eval(), *images, self.pad_id, events=events)

@@ -36,6 +36,10 @@ class Placement:
         return {"CPU": self.cpus, "GPU": self.gpus, **named}
 
 
+_KEYS = {"CPU": "cpus_per_worker", "GPU": "gpus_per_worker"}
+"""What a worker takes of each; of anything else it takes one, by name (`resource`)."""
+
+
 @contextmanager
 def ray_cluster(address: str | None, placements: Sequence[Placement]) -> Iterator[None]:
     """Join the cluster at `address` ("auto": the one of this machine); None starts one here.
@@ -66,11 +70,13 @@ def check_room(placements: Sequence[Placement]) -> None:
         if needed > there:
             taken = [(p, p.each[resource]) for p in placements if p.each.get(resource)]
             told = ", ".join(f"{p.section}.workers: {p.workers} x {each:g}" for p, each in taken)
+            name = _KEYS.get(resource, "resource")
+            keys = " or ".join(f"{p.section}.ray.{name}" for p, _ in taken)
             raise RunError(
                 f"the workers need {needed:g} {resource} ({told}), and the Ray cluster has "
                 f"{there:g} free.\n"
-                "    Fix: use fewer workers, or let each take less (`ray` in the same section); to "
-                "resume, in the run's own recipe.yaml."
+                f"    Fix: use fewer workers, or change {keys}; to resume, in recipe.yaml in the "
+                "run's folder."
             )
 
 

@@ -41,15 +41,17 @@ class RayPool:
     """`Engine` over several actors.
 
     Args:
-        build: makes one actor's engine; it is called there and must be picklable.
+        build: makes one actor's engine, which tells a list what belongs into the journal; it is
+            called there and must be picklable.
         placement: how many actors, and where.
         dtype: type in which the engines hold their weights.
-        events: where each loss is noted; `busy`: when each actor was at work.
+        events: where each loss is noted and what the engines tell; `busy`: when each actor was at
+            work.
     """
 
     def __init__(
         self,
-        build: Callable[[], Engine],
+        build: Callable[[Events], Engine],
         placement: Placement,
         dtype: torch.dtype,
         events: Events | None = None,
@@ -57,8 +59,9 @@ class RayPool:
     ) -> None:
         self._dtype = dtype
         self._push: Push | None = None
+        self._events = [] if events is None else events
         arguments = (build, placement.threads)
-        self.actors = ActorPool(SamplingActor, arguments, placement, events, busy)
+        self.actors = ActorPool(SamplingActor, arguments, placement, self._events, busy)
         self._workers = placement.workers
 
     @property
@@ -82,7 +85,8 @@ class RayPool:
             )
             for share in shares
         ]
-        parts = self.actors.run("generate", pieces)
+        parts, told = zip(*self.actors.run("generate", pieces), strict=True)
+        self._events += [event for events in told for event in events]
         return RolloutBatch(
             prompt_ids=[ids for part in parts for ids in part.prompt_ids],
             completion_ids=torch.cat([part.completion_ids for part in parts]),
@@ -119,9 +123,10 @@ class RayPool:
 class SamplingActor:
     """One engine in a process of its own."""
 
-    def __init__(self, build: Callable[[], Engine], threads: int) -> None:
+    def __init__(self, build: Callable[[Events], Engine], threads: int) -> None:
         torch.set_num_threads(threads)
-        self.engine = build()
+        self.events: Events = []
+        self.engine = build(self.events)
         self.loaded = self.proved = 0  # numbers of pushes
 
     def catch_up(self, push: Push | None) -> None:
@@ -154,10 +159,12 @@ class SamplingActor:
         n: int,
         sampling: Sampling,
         seeds: list[int],
-    ) -> RolloutBatch:
-        """See `Engine`."""
+    ) -> tuple[RolloutBatch, Events]:
+        """See `Engine`; with what the engine tells the journal."""
         self.catch_up(push)
-        return self.engine.generate(prompt_ids, n, sampling, seeds)
+        batch = self.engine.generate(prompt_ids, n, sampling, seeds)
+        told, self.events[:] = list(self.events), []
+        return batch, told
 
     def fingerprint(self, push: Push | None) -> str:
         """See `Engine`."""

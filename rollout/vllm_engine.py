@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from torch import Tensor
 from common.errors import PolicyError, RunError
 from common.heavy import prepare_torchvision
 from policy.sampling import Sampling
-from rollout.engine import RolloutBatch, check_request, fingerprint_tensors
+from rollout.engine import RolloutBatch, WeightMismatch, check_request, fingerprint_tensors
 from rollout.vllm_adapter import adapter_settings, read_adapter, swap_adapter
 from rollout.vllm_weights import read_weights, repack_tied_head
 from rollout.weights import as_mapping, check_names
@@ -46,10 +46,14 @@ class VllmEngine:
             (32, 64, 80, 96, 112, 128, ...).
         image_start_id, num_image_tokens: vocabulary ids of the image tokens.
         completion_length: N, tokens of a picture.
-        dtype: type of weights and cache.
+        dtype: type of weights, and of the cache if that is "auto".
         max_prompt_length: longest prompt in tokens.
         max_sequences: most sequences sampled at the same time.
         cache_gib: memory for keys and values, in GiB.
+        cache_dtype: "fp8" keeps them in 8 bits (e4m3, scale 1): samples then come from a law a
+            little beside the trainer's, and their log-probs are of that law.
+        sleep: leave the GPU after each `generate`: weights wait in host memory, the cache is
+            dropped, and whatever needs them next brings them back.
         compile_model: compile (CPU: about 30 s) or capture graphs (GPU) at the start.
         threads: threads of torch's pool while sampling; None leaves the process's setting.
         lora_rank: rank of the adapter that pushes consist of, beside the base in `ar_folder`; None:
@@ -67,6 +71,8 @@ class VllmEngine:
         max_prompt_length: int = 256,
         max_sequences: int = 256,
         cache_gib: float = 1.0,
+        cache_dtype: Literal["auto", "fp8"] = "auto",
+        sleep: bool = False,
         compile_model: bool = False,
         threads: int | None = None,
         lora_rank: int | None = None,
@@ -82,6 +88,8 @@ class VllmEngine:
         self._lora_rank = lora_rank
         self._adapter: Any = None  # what requests name it by
         self._compiled = compile_model
+        self._sleeps = sleep
+        self._held: str | None = None  # the fingerprint of the last push
         self._owns_process_group = not torch.distributed.is_initialized()
         with _process_untouched():
             self._llm = _start(
@@ -92,6 +100,11 @@ class VllmEngine:
                 enforce_eager=not compile_model,
                 distributed_executor_backend="uni",
                 kv_cache_memory_bytes=int(cache_gib * 2**30),
+                kv_cache_dtype=cache_dtype,
+                enable_sleep_mode=sleep,
+                # That much of a GPU must be free at the start, which the trainer has begun to
+                # fill; vLLM takes what its weights and the cache need.
+                gpu_memory_utilization=0.01,
                 # Prompts are short; a prompt's first blocks are shared by its group.
                 block_size=32,
                 enable_prefix_caching=True,
@@ -124,6 +137,8 @@ class VllmEngine:
                 f"a prompt has {longest} tokens and the engine was started for at most "
                 f"{self._max_prompt_length}; raise max_prompt_length"
             )
+        if self._wake():
+            self.fingerprint()  # since the push nobody has seen what came back
         # One request a sample: with n > 1 vLLM derives the samples' seeds from one, as seed + i.
         owners = [ids for ids in prompt_ids for _ in range(n)]
         params = [
@@ -148,6 +163,7 @@ class VllmEngine:
                 use_tqdm=False,
                 lora_request=self._adapter,
             )
+        self._sleep()
         tokens, logprobs = [], []
         for output in outputs:
             completion = output.outputs[0]
@@ -171,6 +187,8 @@ class VllmEngine:
         was in memory.
         """
         tensors = as_mapping(named_tensors)
+        self._wake()
+        self._held = None
         if self._lora_rank is not None:
             self._adapter = swap_adapter(self._llm, tensors, self._lora_rank)
         else:
@@ -181,8 +199,20 @@ class VllmEngine:
         self.step = step
 
     def fingerprint(self) -> str:
-        """See `Engine`. Packed weights are read back out of the kernels that use them."""
-        return fingerprint_tensors(self._weights())
+        """See `Engine`. Packed weights are read back out of the kernels that use them.
+
+        Raises `WeightMismatch` if they have changed since the last push.
+        """
+        self._wake()
+        found = fingerprint_tensors(self._weights())
+        if self._held not in (None, found):
+            raise WeightMismatch(
+                "inside vLLM the weights have changed since the last push (fingerprints "
+                f"{found[:12]} and {str(self._held)[:12]}); stop: its samples would not come from "
+                "this policy"
+            )
+        self._held = found
+        return found
 
     def close(self) -> None:
         """See `Engine`."""
@@ -192,6 +222,22 @@ class VllmEngine:
         del self._llm
         if self._owns_process_group:
             cleanup_dist_env_and_memory()
+
+    def _sleep(self) -> None:
+        if not self._sleeps:
+            return
+        if self._held is None:
+            self.fingerprint()
+        self._llm.sleep(level=1)
+
+    def _wake(self) -> bool:
+        """Bring weights and cache back onto the GPU; return whether they were away."""
+        if not self._llm.llm_engine.is_sleeping():
+            return False
+        # vLLM asks the driver for memory, not torch, which keeps what the trainer has freed.
+        torch.cuda.empty_cache()
+        self._llm.wake_up()
+        return True
 
     def _reload(self, tensors: dict[str, Tensor]) -> None:
         pushed = [(name, tensor.detach()) for name, tensor in tensors.items()]
@@ -242,17 +288,22 @@ def _start(ar_folder: Path, **settings: Any) -> Any:
         from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
         from vllm.platforms import current_platform
 
+        if settings["enable_sleep_mode"] and not current_platform.is_sleep_mode_available():
+            raise RunError(
+                "rollout.vllm.sleep: vLLM sleeps on a GPU, and this one runs on the CPU.\n"
+                "    Fix: rollout.vllm.sleep=false"
+            )
         if current_platform.is_cpu():
-            _check_head_dim(ar_folder)
+            _check_cpu_attention(ar_folder, settings["kv_cache_dtype"])
         # Given as a class, the model is not inspected in a further process: that process would
         # import torchvision without our preparation, and takes seconds.
         vllm.ModelRegistry.register_model("Qwen3ForCausalLM", Qwen3ForCausalLM)
         return vllm.LLM(logging_config=LoggingConfig(log_level="ERROR"), **settings)
 
 
-def _check_head_dim(ar_folder: Path) -> None:
+def _check_cpu_attention(ar_folder: Path, cache_dtype: str) -> None:
     """vLLM would accept the model, start, and stop at the first request."""
-    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, _get_attn_isa
 
     path = ar_folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
@@ -263,6 +314,13 @@ def _check_head_dim(ar_folder: Path) -> None:
             f"{path}: head_dim is {head_dim}, and vLLM's CPU attention knows {sizes}; "
             "use the transformers engine for this policy"
         )
+    try:
+        _get_attn_isa(torch.float32, 32, head_dim, cache_dtype)
+    except NotImplementedError as error:
+        raise PolicyError(
+            f"rollout.vllm.cache_dtype: {cache_dtype} does not go with {path} on this CPU: {error}"
+            "\n    Fix: rollout.vllm.cache_dtype=auto"
+        ) from None
 
 
 @contextmanager

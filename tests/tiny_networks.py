@@ -30,6 +30,26 @@ def save_tiny_clip(folder: Path, name: str = "tiny-clip") -> dict[str, str]:
     return {"model": name, "weights": str(weights)}
 
 
+def tiny_qwen3(**changes):
+    """Return a small `Qwen3ForCausalLM` that vLLM's CPU attention takes (heads of 32), seed 0."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    config = {
+        "vocab_size": 400,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.2,  # far from uniform: a wrong logit then shows
+    }
+    torch.manual_seed(0)
+    return Qwen3ForCausalLM(Qwen3Config(**config | changes)).eval()
+
+
 def byte_level_clip_tokenizer(folder: Path):
     """A CLIP tokenizer whose words are single bytes."""
     from transformers import CLIPTokenizer

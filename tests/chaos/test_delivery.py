@@ -64,7 +64,7 @@ def pool() -> Iterator[RayPool]:
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
     place = Placement("rollout", 2)
     with ray_cluster(None, [place]):
-        pool = RayPool(Spelling, place, torch.float32, events=[])
+        pool = RayPool(lambda events: Spelling(), place, torch.float32, events=[])
         yield pool
         pool.close()
 

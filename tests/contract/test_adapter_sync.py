@@ -5,6 +5,7 @@ from copy import deepcopy
 
 import pytest
 import torch
+from tiny_networks import tiny_qwen3
 
 from common.errors import RecipeError
 from common.heavy import prepare_torchvision
@@ -16,7 +17,7 @@ from rollout.weights import merged_tensors, split_tensors
 prepare_torchvision()
 
 from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
-from transformers import Qwen3Config, Qwen3ForCausalLM  # noqa: E402
+from transformers import Qwen3ForCausalLM  # noqa: E402
 
 START, IMAGES, LENGTH, RANK = 300, 64, 12, 4
 PROMPTS = [[1, 2, 3], list(range(50, 95))]
@@ -25,20 +26,7 @@ LAYER = "model.layers.1.mlp.gate_proj"
 
 @pytest.fixture(scope="module")
 def base() -> Qwen3ForCausalLM:
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=400,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=128,
-        tie_word_embeddings=True,
-        initializer_range=0.2,
-    )
-    return Qwen3ForCausalLM(config).eval()
+    return tiny_qwen3()
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+from tiny_networks import tiny_qwen3
 
 from common.errors import PolicyError, RunError
 from common.heavy import prepare_torchvision
@@ -35,20 +36,7 @@ KINDS = list(TOLERANCE)
 
 @pytest.fixture(scope="module")
 def model() -> Qwen3ForCausalLM:
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=400,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=128,
-        tie_word_embeddings=True,
-        initializer_range=0.2,  # far from uniform: a wrong logit then shows
-    )
-    return Qwen3ForCausalLM(config).eval()
+    return tiny_qwen3()
 
 
 @pytest.fixture(scope="module")

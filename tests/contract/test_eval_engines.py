@@ -56,7 +56,7 @@ def test_the_engine_is_started_for_the_longest_prompt(
 ) -> None:
     built = []
 
-    def build(spec: EngineSpec) -> SimpleNamespace:
+    def build(spec: EngineSpec, events: list) -> SimpleNamespace:
         built.append(spec)
         return SimpleNamespace(close=lambda: built.append("closed"))
 

@@ -139,6 +139,35 @@ def test_what_the_engine_refuses_is_said_as_the_engine_says_it(pool):
     assert pool.actors.replaced == before
 
 
+def run_out_of_memory(worker, most: int) -> None:
+    """Ask the allocator for four pebibytes where there are more sequences than memory is for."""
+
+    def tight(module, given, options):
+        if len(options["input_ids"]) > most:
+            torch.empty(2**50)
+
+    worker.hook = worker.engine.model.model.register_forward_pre_hook(tight, with_kwargs=True)
+
+
+def test_memory_that_runs_out_in_workers_is_told_and_changes_no_token(pool, trainer, spec):
+    push_weights(pool, trainer)
+    expected = own_engine(trainer, spec).generate(PROMPTS, N, Sampling(), SEEDS)
+    for index in range(2):
+        in_worker(pool, index, run_out_of_memory, N)
+    pool.actors._events.clear()
+    found = pool.generate(PROMPTS, N, Sampling(), SEEDS)
+    again = pool.generate(PROMPTS, N, Sampling(), SEEDS)
+    for index in range(2):
+        in_worker(pool, index, lambda worker: worker.hook.remove())
+    assert torch.equal(found.completion_ids, expected.completion_ids)
+    assert torch.equal(again.completion_ids, expected.completion_ids)
+    # Two prompts were the share of one worker and one that of the other, who had room for it.
+    [event] = pool.actors._events
+    assert (event["event"], event["stage"]) == ("micro_batch_halved", "rollout")
+    assert event["micro_batch"] == N
+    assert "can't allocate memory" in event["reason"]
+
+
 # --- weights that did not arrive -----------------------------------------------------------------
 
 
@@ -294,12 +323,18 @@ def test_a_replacement_with_other_weights_stops_the_run(pool, trainer):
 
 def test_workers_without_room_are_refused_before_anything_waits(pool):
     with pytest.raises(
-        RunError, match=r"3000 CPU \(rollout\.workers: 3000 x 1\)[\s\S]*Fix: use fewer"
+        RunError,
+        match=r"3000 CPU \(rollout\.workers: 3000 x 1\)[\s\S]*Fix: use fewer workers, or change "
+        r"rollout\.ray\.cpus_per_worker; to resume, in recipe\.yaml",
     ):
         check_room([Placement("rollout", 3000)])
-    with pytest.raises(RunError, match=r"0\.5 GPU \(decode\.workers: 1 x 0\.5\)"):
+    with pytest.raises(
+        RunError, match=r"0\.5 GPU \(decode\.workers: 1 x 0\.5\)[\s\S]*decode\.ray\.gpu"
+    ):
         check_room([Placement("decode", 1, cpus=0.0, gpus=0.5)])
-    with pytest.raises(RunError, match=r"2 judge \(rewards\.workers: 2 x 1\)"):
+    with pytest.raises(
+        RunError, match=r"2 judge \(rewards\.workers: 2 x 1\)[\s\S]*rewards\.ray\.resource;"
+    ):
         check_room([Placement("rewards", 2, cpus=0.0, resource="judge")])
 
 

@@ -255,7 +255,7 @@ def slower(actor, seconds: float) -> None:
 def test_stages_in_actors_overlap_and_change_no_number(decoders, judges, policy, monkeypatch):
     config = policy.config
     dice = partial(Dice, config.image_start_id, CODES, config.num_tokens)
-    engine = RayPool(dice, PLACES[2], torch.float32, [], [])
+    engine = RayPool(lambda events: dice(), PLACES[2], torch.float32, [], [])
     monkeypatch.setattr(decoders.micro_batch, "size", None)
     for pool in (engine, decoders, judges):
         pool.actors.await_ready()

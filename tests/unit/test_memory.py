@@ -232,6 +232,24 @@ def test_vllm_s_cache_is_the_recipe_s(published):
     assert memory.vllm_pictures(recipe, published) == expected > 200
 
 
+@pytest.mark.parametrize(("dtype", "times"), [("bfloat16", 2), ("float32", 4)])
+def test_a_cache_in_8_bits_holds_more_pictures(published, dtype, times):
+    asked = ("rollout.engine=vllm", "rollout.vllm.cache_gib=20", f"policy.dtype={dtype}")
+    before = memory.vllm_pictures(recipe_of("blip3o-next-3b/grpo-geneval", *asked), published)
+    asked = (*asked, "rollout.vllm.cache_dtype=fp8")
+    found = memory.vllm_pictures(recipe_of("blip3o-next-3b/grpo-geneval", *asked), published)
+    assert times * before <= found < times * (before + 1)
+
+
+def test_vllm_that_sleeps_takes_its_memory_while_it_samples_alone(published):
+    asked = ("blip3o-next-3b/grpo-geneval", "rollout.engine=vllm", "rollout.vllm.cache_gib=20")
+    awake = memory.grpo_memory(recipe_of(*asked), published)
+    asleep = memory.grpo_memory(recipe_of(*asked, "rollout.vllm.sleep=true"), published)
+    held = 20 * 2**30 + 2 * published.parameters["ar"]
+    assert sum(awake.resident.values()) - sum(asleep.resident.values()) == held
+    assert asleep.phases == awake.phases | {"sampling": awake.phases["sampling"] + held}
+
+
 def test_workers_sample_elsewhere(published):
     name, engine = "blip3o-next-3b/grpo-geneval", "rollout.engine=vllm"
     found = memory.grpo_memory(recipe_of(name, engine, "rollout.workers=4"), published)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from tiny_networks import tiny_qwen3
 
 from common.heavy import prepare_torchvision
 from common.seeds import counter_seed
@@ -19,7 +20,7 @@ from rollout.transformers_engine import TransformersEngine
 
 prepare_torchvision()
 
-from transformers import Qwen3Config, Qwen3ForCausalLM  # noqa: E402
+from transformers import Qwen3ForCausalLM  # noqa: E402
 
 START, IMAGES, LENGTH = 300, 64, 100
 SAMPLES = 2_000
@@ -31,20 +32,14 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def model() -> Qwen3ForCausalLM:
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=400,
+    model = tiny_qwen3(
         hidden_size=32,
         intermediate_size=32,
         num_hidden_layers=1,
         num_attention_heads=1,
         num_key_value_heads=1,
-        head_dim=32,
-        max_position_embeddings=256,
         tie_word_embeddings=False,
-        initializer_range=0.2,
     )
-    model = Qwen3ForCausalLM(config).eval()
     with torch.no_grad():
         model.model.embed_tokens.weight.copy_(model.model.embed_tokens.weight[0].clone())
     return model

@@ -208,16 +208,18 @@ def test_the_recipe_s_options_reach_trl(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        ([], (1.0, False, None)),
-        (["rollout.vllm={cache_gib: 20, compile: true}"], (20.0, True, None)),
-        (["rollout.lora_sync=adapter", "policy.lora={rank: 8}"], (1.0, False, 8)),
+        ([], (1.0, False, "auto", False, None)),
+        (["rollout.vllm={cache_gib: 20, compile: true}"], (20.0, True, "auto", False, None)),
+        (["rollout.vllm={cache_dtype: fp8, sleep: true}"], (1.0, False, "fp8", True, None)),
+        (["rollout.lora_sync=adapter", "policy.lora={rank: 8}"], (1.0, False, "auto", False, 8)),
     ],
 )
 def test_the_recipe_s_options_reach_vllm(policy, monkeypatch, overrides, expected):
-    monkeypatch.setattr(EngineSpec, "build", lambda spec: spec)
+    monkeypatch.setattr(EngineSpec, "build", lambda spec, events: spec)
     recipe = recipe_of("rollout.engine=vllm", *overrides)
     spec = build_engine(recipe, policy, 64, None, Journaled())
-    assert (spec.cache_gib, spec.compile_model, spec.lora_rank) == expected
+    vllm = (spec.cache_gib, spec.compile_model, spec.cache_dtype, spec.sleep)
+    assert (*vllm, spec.lora_rank) == expected
 
 
 def test_reward_workers_have_time_for_rewards_that_hang():
@@ -255,6 +257,22 @@ def test_the_held_out_curve_is_drawn_with_the_weights_of_its_step(policy):
     assert set(first) > {"strict", "per_task"}
 
 
+def test_the_journal_learns_of_memory_that_runs_out_in_a_held_out_evaluation(policy, monkeypatch):
+    recipe = recipe_of("evals.limit=3", "decode.eval.steps=1")
+    sampler = Sampler(policy, engine_of(policy), Sampling(), Decode(1, 1.0), run_seed=9)
+    condition_rows = policy.condition_rows
+
+    def tight(prompt_ids, completion_ids):
+        torch.empty(2**50 if len(prompt_ids) > 2 else 1)
+        return condition_rows(prompt_ids, completion_ids)
+
+    monkeypatch.setattr(policy, "condition_rows", tight)
+    suite = load_suite(recipe.evals.suite, recipe.evals.limit)
+    _held_out(recipe, suite, sampler, lambda step: None)(0)
+    [event] = sampler.events
+    assert (event["stage"], event["micro_batch"]) == ("score", 2)
+
+
 def test_a_sync_refuses_an_engine_that_computes_something_else(policy, policy_folder):
     from policy import Policy
 
@@ -273,7 +291,7 @@ def test_a_sync_refuses_an_engine_that_computes_something_else(policy, policy_fo
 
     for step in (0, 1):
         with pytest.raises(WeightMismatch):
-            _sync(policy, Deaf())(step)
+            _sync(policy, Deaf(), False, 1e-4)(step)
 
 
 # --- quiet and signals ---------------------------------------------------------------------------

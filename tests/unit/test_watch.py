@@ -151,6 +151,18 @@ def test_what_truncated_sampling_keeps_is_no_alarm() -> None:
     assert alarms(steps, [], groups=12, kept=0.0) == {}
 
 
+def test_a_cache_in_8_bits_is_no_alarm_and_a_ratio_that_drifts_is(run: Path) -> None:
+    write(run, [row(1, logprob_mismatch_max=0.9, importance_ratio_mean=1.01)])
+    recipe = run / "recipe.yaml"
+    plain = recipe.read_text()
+    for vllm, kinds in (("auto", {"engine"}), ("fp8", set())):
+        keys = f"engine: vllm, vllm: {{cache_dtype: {vllm}}}, "
+        recipe.write_text(plain.replace("rollout: {", f"rollout: {{{keys}"))
+        assert set(read_run(run, time.time()).alarms) == kinds
+    write(run, [row(1, logprob_mismatch_max=0.9, importance_ratio_mean=1.2)])
+    assert set(read_run(run, time.time()).alarms) == {"engine"}
+
+
 @pytest.mark.parametrize("truncation", ["top_p: 0.8", "top_k: 8"])
 def test_the_recipe_says_what_sampling_keeps(run: Path, truncation: str) -> None:
     write(run, [row(1, importance_ratio_mean=0.82)])
