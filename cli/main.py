@@ -1,7 +1,7 @@
 """The command `atelier`: the list of its verbs, and how errors end it.
 
-Exit codes: 0 done, 1 failed, 2 wrong use, 75 interrupted but resumable (130: interrupted before
-there was anything to resume).
+Exit codes: 0 done, 1 failed, 2 wrong use, 75 interrupted with a checkpoint written for it (130:
+interrupted at once, so that at most an earlier checkpoint can be resumed).
 """
 
 import errno

@@ -198,7 +198,9 @@ class InterruptCallback(TrainerCallback):
         def note(number: int, frame: Any) -> None:
             self.interrupted = True
             signal.signal(number, self._before[number])
-            self._progress.line("stopping after this step; interrupt again to stop at once")
+            self._progress.line(
+                "stopping after this step; interrupt again to stop at once, without its checkpoint"
+            )
 
         for number in (signal.SIGINT, signal.SIGTERM):
             self._before[number] = signal.signal(number, note)

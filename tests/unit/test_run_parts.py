@@ -336,7 +336,9 @@ def test_the_first_signal_is_noted_and_the_second_acts(number):
         callback.on_step_end(None, None, control)
         assert not control.should_training_stop
         signal.raise_signal(number)
-        assert said == ["stopping after this step; interrupt again to stop at once"]
+        assert said == [
+            "stopping after this step; interrupt again to stop at once, without its checkpoint"
+        ]
         callback.on_step_end(None, None, control)
         assert control.should_save
         assert control.should_training_stop
