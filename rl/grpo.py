@@ -140,7 +140,10 @@ class ImageGRPOTrainer(GRPOTrainer):
         step, process = self.state.global_step, self.accelerator.process_index
         self.last_prompts = list(prompts)
         if self.replay is not None:
-            rollout = load_rollout(self.replay, prompts, step, process, self.accelerator.device)
+            rollout = load_rollout(
+                self.replay, prompts, self.rewards.composition,
+                step, process, self.accelerator.device,
+            )  # fmt: skip
         else:
             rollout = self.sampler(groups, size, step, process, judge=self._judge)
         if self.ahead is not None:

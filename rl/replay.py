@@ -9,6 +9,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,6 +18,7 @@ from common.atomic import write_text
 from common.errors import RunError
 from common.processes import process_count
 from policy.sampling import Sampling
+from rewards.composition import Composition
 from rewards.runner import Scored
 from rl.rollouts import Rollout
 from rl.saved_rollouts import samples_file
@@ -53,9 +55,16 @@ def save_rollout(
 
 
 def load_rollout(
-    folder: Path, prompts: Sequence[str], step: int, process: int, device: torch.device
+    folder: Path,
+    prompts: Sequence[str],
+    composition: Composition,
+    step: int,
+    process: int,
+    device: torch.device,
 ) -> Rollout:
     """Read a step's samples, without pictures. `prompts` are those the run would sample for.
+
+    What the saved scores count is worked out anew, by the weights, ranges and gates of this run.
 
     Raises RunError where there are none, or those of other prompts.
     """
@@ -78,6 +87,11 @@ def load_rollout(
         tensors["behaviour_logprobs"],
         tensors["logprobs"].to(device),
         [],
-        [Scored(**sample["score"]) for sample in samples],
+        [_composed(sample["score"], composition, step) for sample in samples],
         [],
     )
+
+
+def _composed(saved: dict[str, Any], composition: Composition, step: int) -> Scored:
+    counted = composition.counted(saved["parts"], step)
+    return Scored(**saved | {"counted": counted, "total": composition.total(counted, step)})

@@ -1,0 +1,43 @@
+"""Saved rollouts: what a replay makes of them."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from policy.sampling import Sampling
+from rewards.composition import Composition
+from rewards.runner import Scored
+from rewards.spec import Gate, RewardSpec
+from rl.replay import load_rollout, save_rollout
+from rl.rollouts import Rollout
+
+
+def saved(folder: Path, parts: list[dict[str, float | None]], step: int = 0) -> list[str]:
+    """Save a sample for each of the parts, judged by `red` alone; return their prompts."""
+    tensor = torch.zeros(len(parts), 4)
+    scores = [Scored(one["red"], one, counted={"red": one["red"]}) for one in parts]
+    rollout = Rollout([[1]] * len(parts), tensor, tensor.clone(), tensor.clone(), [], scores, [])
+    save_rollout(folder, rollout, ["x"] * len(parts), Sampling(), step, 0)
+    return ["x"] * len(parts)
+
+
+@pytest.mark.parametrize(
+    ("red", "blue", "totals"),
+    [
+        ({}, {"weight": 0.0}, [0.2, 0.6, 0.7]),
+        ({"weight": 0.0}, {"weight": 2.0}, [1.8, 0.2, None]),
+        ({"range": (0.2, 0.6)}, {"weight": 0.0}, [0.0, 1.0, 1.25]),
+        ({"weight": 0.0}, {"only_if": Gate("red", 0.5)}, [0.0, 0.1, None]),
+        ({"schedule": ((0, 1.0), (4, 3.0))}, {"weight": 0.0}, [0.4, 1.2, 1.4]),
+    ],
+)
+def test_a_replay_counts_saved_scores_by_its_own_recipe(tmp_path, red, blue, totals):
+    parts = [{"red": 0.2, "blue": 0.9}, {"red": 0.6, "blue": 0.1}, {"red": 0.7, "blue": None}]
+    prompts = saved(tmp_path, parts, step=2)
+    composition = Composition({"red": RewardSpec("r", **red), "blue": RewardSpec("b", **blue)})
+    rollout = load_rollout(tmp_path, prompts, composition, 2, 0, torch.device("cpu"))
+    assert [one.parts for one in rollout.scores] == parts
+    for one, total in zip(rollout.scores, totals, strict=True):
+        assert one.total == (None if total is None else pytest.approx(total))
+        assert (one.counted is None) == (total is None)
