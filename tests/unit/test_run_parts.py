@@ -227,6 +227,10 @@ def test_reward_workers_have_time_for_rewards_that_hang():
     places = placements(recipe_of("rewards.workers=2", "decode.workers=1", functions, *step))
     assert places["rewards"].timeout_s > 600 + (3 + 72) * 90
     assert places["decode"].timeout_s == 600
+    # One that compares all pictures has all in one worker, and the others with it.
+    several = recipe_of("rewards.workers=8", functions, *step)
+    assert placements(several, whole_batch=True)["rewards"].timeout_s > 600 + (5 + 144) * 90
+    assert placements(several)["rewards"].timeout_s < 600 + 5 * 144 * 90 / 8
 
 
 # --- the engine's weights ------------------------------------------------------------------------
