@@ -33,6 +33,7 @@ def save_rollout(
     sampling: Sampling,
     step: int,
     process: int,
+    policy_lag: int | None = None,
 ) -> None:
     """Write a step's samples; `samples.json` comes last, so a torn write is no rollout."""
     file = samples_file(folder, step, process)
@@ -49,6 +50,7 @@ def save_rollout(
     facts = {
         "processes": process_count(),
         "sampling": dataclasses.asdict(sampling),
+        "policy_lag": policy_lag,
         "samples": samples,
     }
     write_text(file, json.dumps(facts, ensure_ascii=False, default=str))
@@ -61,12 +63,12 @@ def load_rollout(
     step: int,
     process: int,
     device: torch.device,
-) -> Rollout:
-    """Read a step's samples, without pictures. `prompts` are those the run would sample for.
+) -> tuple[Rollout, int | None]:
+    """Read a step's samples, without pictures, and their policy lag.
 
-    What the saved scores count is worked out anew, by the weights, ranges and gates of this run.
-
-    Raises RunError where there are none, or those of other prompts.
+    `prompts` are those the run would sample for. What the saved scores count is worked out anew,
+    by the weights, ranges and gates of this run. Raises RunError where there are no samples, or
+    those of other prompts.
     """
     file = samples_file(folder, step, process)
     if not file.is_file():
@@ -74,14 +76,15 @@ def load_rollout(
             f"{folder} has no rollouts of step {step}, process {process}.\n"
             "    Fix: replay with the number of processes that saved them."
         )
-    samples = json.loads(file.read_text(encoding="utf-8"))["samples"]
+    facts = json.loads(file.read_text(encoding="utf-8"))
+    samples = facts["samples"]
     if [sample["prompt"] for sample in samples] != list(prompts):
         raise RunError(
             f"{file} holds samples of other prompts than this recipe draws.\n"
             "    Fix: replay with prompts, seed and group size of the run that saved it."
         )
     tensors = load_file(file.parent / "tokens.safetensors")
-    return Rollout(
+    rollout = Rollout(
         [sample["prompt_ids"] for sample in samples],
         tensors["completion_ids"],
         tensors["behaviour_logprobs"],
@@ -90,6 +93,7 @@ def load_rollout(
         [_composed(sample["score"], composition, step) for sample in samples],
         [],
     )
+    return rollout, facts["policy_lag"]
 
 
 def _composed(saved: dict[str, Any], composition: Composition, step: int) -> Scored:

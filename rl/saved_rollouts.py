@@ -37,7 +37,7 @@ def check_saved(folder: Path, recipe: GrpoRecipe, processes: int) -> None:
             f"    Fix: {fix}."
         )
     first = _first(folder)
-    if not first.keys() >= {"processes", "sampling"}:
+    if not first.keys() >= {"processes", "sampling", "policy_lag"}:
         raise RunError(
             f"the rollouts of {folder} do not say how they were sampled: an earlier version saved "
             "them.\n    Fix: save them anew."

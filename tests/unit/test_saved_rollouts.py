@@ -36,7 +36,7 @@ def test_a_replay_counts_saved_scores_by_its_own_recipe(tmp_path, red, blue, tot
     parts = [{"red": 0.2, "blue": 0.9}, {"red": 0.6, "blue": 0.1}, {"red": 0.7, "blue": None}]
     prompts = saved(tmp_path, parts, step=2)
     composition = Composition({"red": RewardSpec("r", **red), "blue": RewardSpec("b", **blue)})
-    rollout = load_rollout(tmp_path, prompts, composition, 2, 0, torch.device("cpu"))
+    rollout, _ = load_rollout(tmp_path, prompts, composition, 2, 0, torch.device("cpu"))
     assert [one.parts for one in rollout.scores] == parts
     for one, total in zip(rollout.scores, totals, strict=True):
         assert one.total == (None if total is None else pytest.approx(total))
