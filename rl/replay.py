@@ -21,7 +21,7 @@ from policy.sampling import Sampling
 from rewards.composition import Composition
 from rewards.runner import Scored
 from rl.rollouts import Rollout
-from rl.saved_rollouts import samples_file
+from rl.saved_rollouts import read_samples, samples_file, tokens_file
 
 _TENSORS = ("completion_ids", "behaviour_logprobs", "logprobs")
 
@@ -41,7 +41,7 @@ def save_rollout(
     for number, image in enumerate(rollout.images):
         image.save(file.parent / "images" / f"{number:04d}.png")
     tensors = {name: getattr(rollout, name).cpu().contiguous() for name in _TENSORS}
-    save_file(tensors, file.parent / "tokens.safetensors")
+    save_file(tensors, tokens_file(folder, step, process))
     samples = [
         {"prompt": prompt, "prompt_ids": ids, "score": dataclasses.asdict(scored)}
         for prompt, ids, scored in zip(prompts, rollout.prompt_ids, rollout.scores, strict=True)
@@ -67,23 +67,17 @@ def load_rollout(
     """Read a step's samples, without pictures, and their policy lag.
 
     `prompts` are those the run would sample for. What the saved scores count is worked out anew,
-    by the weights, ranges and gates of this run. Raises RunError where there are no samples, or
-    those of other prompts.
+    by the weights, ranges and gates of this run. Raises RunError where samples are missing,
+    damaged, or of other prompts.
     """
-    file = samples_file(folder, step, process)
-    if not file.is_file():
-        raise RunError(
-            f"{folder} has no rollouts of step {step}, process {process}.\n"
-            "    Fix: replay with the number of processes that saved them."
-        )
-    facts = json.loads(file.read_text(encoding="utf-8"))
+    facts = read_samples(folder, step, process)
     samples = facts["samples"]
     if [sample["prompt"] for sample in samples] != list(prompts):
         raise RunError(
-            f"{file} holds samples of other prompts than this recipe draws.\n"
+            f"{folder} holds samples of other prompts than this recipe draws (step {step}).\n"
             "    Fix: replay with prompts, seed and group size of the run that saved it."
         )
-    tensors = load_file(file.parent / "tokens.safetensors")
+    tensors = load_file(tokens_file(folder, step, process))
     rollout = Rollout(
         [sample["prompt_ids"] for sample in samples],
         tensors["completion_ids"],

@@ -4,13 +4,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_policy import write_recipe
 
+from common.errors import RunError
 from policy.sampling import Sampling
+from recipes import load_recipe
 from rewards.composition import Composition
 from rewards.runner import Scored
 from rewards.spec import Gate, RewardSpec
 from rl.replay import load_rollout, save_rollout
 from rl.rollouts import Rollout
+from rl.saved_rollouts import check_saved, refuse_used
 
 
 def saved(folder: Path, parts: list[dict[str, float | None]], step: int = 0) -> list[str]:
@@ -41,3 +45,31 @@ def test_a_replay_counts_saved_scores_by_its_own_recipe(tmp_path, red, blue, tot
     for one, total in zip(rollout.scores, totals, strict=True):
         assert one.total == (None if total is None else pytest.approx(total))
         assert (one.counted is None) == (total is None)
+
+
+@pytest.mark.parametrize(
+    ("name", "left"),
+    [(name, left) for name in ("samples.json", "tokens.safetensors") for left in (0, 40, -1)]
+    + [("tokens.safetensors", None)],
+)
+def test_a_damaged_file_of_any_step_is_told_before_the_run(tmp_path, policy_folder, name, left):
+    """Missing, or with the first bytes alone."""
+    recipe = load_recipe(str(write_recipe(tmp_path, policy_folder)), ["train.steps=2"]).recipe
+    folder = tmp_path / "saved"
+    for step in range(2):
+        saved(folder, [{"red": 0.5}], step)
+    file = folder / "step-000001-0" / name
+    whole = file.read_bytes()
+    file.unlink()
+    if left is not None:
+        file.write_bytes(whole[:left])
+    with pytest.raises(RunError, match=rf"step-000001-0/{name} cannot be read: (?s:.*)Fix: copy"):
+        check_saved(folder, recipe, 1)
+
+
+def test_a_file_is_no_folder_to_save_rollouts_to(tmp_path):
+    (tmp_path / "notes").write_text("")
+    for folder in (tmp_path / "notes", tmp_path / "notes" / "deeper"):
+        with pytest.raises(RunError, match=r"notes is a file\.\n    Fix: give --save-rollouts"):
+            refuse_used(folder)
+    refuse_used(tmp_path / "new" / "deeper")
