@@ -15,7 +15,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from common.atomic import write_text
-from common.errors import RunError
 from common.processes import process_count
 from policy.sampling import Sampling
 from rewards.composition import Composition
@@ -70,13 +69,8 @@ def load_rollout(
     by the weights, ranges and gates of this run. Raises RunError where samples are missing,
     damaged, or of other prompts.
     """
-    facts = read_samples(folder, step, process)
+    facts = read_samples(folder, step, process, prompts)
     samples = facts["samples"]
-    if [sample["prompt"] for sample in samples] != list(prompts):
-        raise RunError(
-            f"{folder} holds samples of other prompts than this recipe draws (step {step}).\n"
-            "    Fix: replay with prompts, seed and group size of the run that saved it."
-        )
     tensors = load_file(tokens_file(folder, step, process))
     rollout = Rollout(
         [sample["prompt_ids"] for sample in samples],

@@ -9,6 +9,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from common.errors import RunError
+from data.prompts import records_of_run
 from recipes.schema_grpo import GrpoRecipe
 
 
@@ -36,17 +37,17 @@ def refuse_used(folder: Path) -> None:
         )
 
 
-def read_samples(folder: Path, step: int, process: int) -> dict[str, Any]:
+def read_samples(folder: Path, step: int, process: int, prompts: Sequence[str]) -> dict[str, Any]:
     """Return what a step's `samples.json` holds, and see that its tensors are there in full.
 
-    Raises RunError where one of the two files is missing or damaged, or of an earlier version.
+    Raises RunError where one of the two files is missing or damaged, or of an earlier version, and
+    where the samples are not of these prompts.
     """
-    with _refused(samples_file(folder, step, process)) as file:
-        saved: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    if not saved.keys() >= {"processes", "sampling", "policy_lag"}:
+    saved = _read(folder, step, process)
+    if [sample["prompt"] for sample in saved["samples"]] != list(prompts):
         raise RunError(
-            f"the rollouts of {folder} do not say how they were sampled: an earlier version saved "
-            "them.\n    Fix: save them anew."
+            f"{folder} holds samples of other prompts than this recipe draws (step {step}).\n"
+            "    Fix: replay with prompts, seed and group size of the run that saved them."
         )
     with _refused(tokens_file(folder, step, process)) as file, safe_open(file, "numpy"):
         pass  # opening compares the size with the header
@@ -56,7 +57,7 @@ def read_samples(folder: Path, step: int, process: int) -> dict[str, Any]:
 def check_saved(folder: Path, recipe: GrpoRecipe, processes: int) -> None:
     """Raise RunError unless `folder` has rollouts of all steps, sampled as the recipe says.
 
-    They must come from as many training processes as there are now.
+    They must be of the prompts that it draws, from as many training processes as there are now.
     """
     steps, there = recipe.train.steps, 0
     while samples_file(folder, there, 0).is_file():
@@ -67,7 +68,7 @@ def check_saved(folder: Path, recipe: GrpoRecipe, processes: int) -> None:
             f"{folder} holds the rollouts of {there} steps in a row, and the recipe has {steps}.\n"
             f"    Fix: {fix}."
         )
-    first = read_samples(folder, 0, 0)
+    first = _read(folder)
     for key, value in first["sampling"].items():
         if (ours := getattr(recipe.rollout, key)) != value:
             raise RunError(
@@ -79,19 +80,34 @@ def check_saved(folder: Path, recipe: GrpoRecipe, processes: int) -> None:
             f"the rollouts of {folder} were saved by {saved} training processes, and this run has "
             f"{processes}.\n    Fix: start {saved}."
         )
-    for step in range(steps):
-        for process in range(processes):
-            read_samples(folder, step, process)
+    # A step's samples are divided among the processes in order.
+    prompts = [
+        r["prompt"] for r in records_of_run(recipe) for _ in range(recipe.rollout.group_size)
+    ]
+    share = len(prompts) // (steps * processes)
+    for i in range(steps * processes):
+        read_samples(folder, *divmod(i, processes), prompts[i * share : (i + 1) * share])
 
 
 def check_judges(folder: Path, rewards: Sequence[str]) -> None:
     """Raise RunError unless the rollouts were judged by the rewards of these names."""
-    judges = read_samples(folder, 0, 0)["samples"][0]["score"]["parts"]
+    judges = _read(folder)["samples"][0]["score"]["parts"]
     if judges.keys() != set(rewards):
         raise RunError(
             f"rewards.functions: the rollouts of {folder} were judged by {', '.join(judges)}, and "
             f"the recipe has {', '.join(rewards)}.\n    Fix: replay with the rewards that judged."
         )
+
+
+def _read(folder: Path, step: int = 0, process: int = 0) -> dict[str, Any]:
+    with _refused(samples_file(folder, step, process)) as file:
+        saved: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    if not saved.keys() >= {"processes", "sampling", "policy_lag"}:
+        raise RunError(
+            f"the rollouts of {folder} do not say how they were sampled: an earlier version saved "
+            "them.\n    Fix: save them anew."
+        )
+    return saved
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Saved rollouts: what a replay makes of them."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from tiny_policy import write_recipe
 
 from common.errors import RunError
+from data.prompts import records_of_run
 from policy.sampling import Sampling
 from recipes import load_recipe
 from rewards.composition import Composition
@@ -17,13 +19,14 @@ from rl.rollouts import Rollout
 from rl.saved_rollouts import check_saved, refuse_used
 
 
-def saved(folder: Path, parts: list[dict[str, float | None]], step: int = 0) -> list[str]:
+def saved(folder: Path, parts: list[dict], step: int = 0, prompts: Sequence[str] = ()) -> list[str]:
     """Save a sample for each of the parts, judged by `red` alone; return their prompts."""
+    prompts = prompts or ["x"] * len(parts)
     tensor = torch.zeros(len(parts), 4)
     scores = [Scored(one["red"], one, counted={"red": one["red"]}) for one in parts]
     rollout = Rollout([[1]] * len(parts), tensor, tensor.clone(), tensor.clone(), [], scores, [])
-    save_rollout(folder, rollout, ["x"] * len(parts), Sampling(), step, 0)
-    return ["x"] * len(parts)
+    save_rollout(folder, rollout, prompts, Sampling(), step, 0)
+    return list(prompts)
 
 
 @pytest.mark.parametrize(
@@ -55,9 +58,11 @@ def test_a_replay_counts_saved_scores_by_its_own_recipe(tmp_path, red, blue, tot
 def test_a_damaged_file_of_any_step_is_told_before_the_run(tmp_path, policy_folder, name, left):
     """Missing, or with the first bytes alone."""
     recipe = load_recipe(str(write_recipe(tmp_path, policy_folder)), ["train.steps=2"]).recipe
-    folder = tmp_path / "saved"
+    folder, drawn = tmp_path / "saved", records_of_run(recipe)
     for step in range(2):
-        saved(folder, [{"red": 0.5}], step)
+        prompts = [r["prompt"] for r in drawn[4 * step :][:4] for _ in range(4)]
+        saved(folder, [{"red": 0.5}] * 16, step, prompts)
+    check_saved(folder, recipe, 1)
     file = folder / "step-000001-0" / name
     whole = file.read_bytes()
     file.unlink()
