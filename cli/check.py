@@ -79,12 +79,12 @@ def register(app: typer.Typer) -> None:
 
 def refuse_missing_parts(recipe: "GrpoRecipe") -> None:
     """Raise the error with which a run would stop at its start: policy, adapter targets, suite."""
-    from cli.policy_folder import find_policy
     from evals.suites import load_suite
+    from policy import policy_path
     from policy.anatomy import read_anatomy
     from rl.preflight import check_targets
 
-    check_targets(recipe.policy.lora, read_anatomy(find_policy(recipe.policy.path)))
+    check_targets(recipe.policy.lora, read_anatomy(policy_path(recipe.policy.path)))
     if recipe.evals.every:
         load_suite(recipe.evals.suite, recipe.evals.limit).from_prompts_alone()
 
