@@ -30,7 +30,7 @@ from transformers import TrainerCallback
 from benchmarks.machine import machine
 from benchmarks.published import GUIDANCE, STEPS, PublishedTrainer
 from benchmarks.timing import Ratio, Times, clock
-from data.prompts import draw_records
+from data.prompts import records_of_run
 from policy import Policy, base_path
 from policy.policy import to_images
 from policy.quiet import quiet_libraries
@@ -183,7 +183,7 @@ def published(recipe: Any, folder: Path, turns: Turns) -> tuple[PublishedTrainer
 
     policy = load_policy(recipe)
     trainer = PublishedTrainer(
-        policy, _arguments(recipe, policy, folder), _records(recipe), reward, [turns]
+        policy, _arguments(recipe, policy, folder), records_of_run(recipe), reward, [turns]
     )
     turns.trainer = trainer
     return trainer, turns
@@ -199,7 +199,7 @@ def ours(recipe: Any, folder: Path, turns: Turns, decode: Decode) -> tuple[Image
     trainer = ImageGRPOTrainer(
         policy.ar,
         _arguments(recipe, policy, folder),
-        _records(recipe),
+        records_of_run(recipe),
         sampler=Sampler(policy, engine, Sampling(), decode, recipe.seed),
         rewards=build_rewards(recipe),
         sync=lambda step: push_weights(
@@ -225,7 +225,7 @@ def rank_correlation(recipe: Any, cheap: Decode) -> tuple[float, int]:
     )
     size, records = (
         recipe.rollout.group_size,
-        _records(recipe)[: 2 * recipe.rollout.prompts_per_step],
+        records_of_run(recipe)[: 2 * recipe.rollout.prompts_per_step],
     )
     ids = policy.prompt_ids([record["prompt"] for record in records])
     batch = engine.generate(ids, size, Sampling(), list(range(len(records) * size)))
@@ -250,17 +250,6 @@ def rank_correlation(recipe: Any, cheap: Decode) -> tuple[float, int]:
 def _reward_arguments(recipe: Any) -> dict[str, Any]:
     [function] = recipe.rewards.functions
     return dict(function.args)
-
-
-def _records(recipe: Any) -> list[dict[str, Any]]:
-    return draw_records(
-        recipe.prompts.source,
-        recipe.prompts.split,
-        recipe.prompts.tasks,
-        steps=recipe.train.steps,
-        per_step=recipe.rollout.prompts_per_step,
-        seed=recipe.seed,
-    )
 
 
 def _arguments(recipe: Any, policy: Policy, folder: Path) -> Any:

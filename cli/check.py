@@ -36,9 +36,11 @@ def register(app: typer.Typer) -> None:
         from common.errors import RecipeError
         from common.processes import process_count
         from recipes import load_recipe
+        from recipes.locate import located
         from rl.preflight import (
             check_replay,
             check_replayed_rewards,
+            check_save_to,
             check_trackers,
             check_whole_batch,
         )
@@ -58,16 +60,18 @@ def register(app: typer.Typer) -> None:
         if loaded.recipe.kind in ("grpo", "pretrain"):
             check_trackers(loaded.recipe)
         if loaded.recipe.kind == "grpo":
-            check_replay(loaded.recipe, process_count())
-            refuse_missing_parts(loaded.recipe)
+            found = located(loaded.recipe, loaded.files)
+            check_save_to(found)
+            check_replay(found, process_count())
+            refuse_missing_parts(found)
         elif loaded.recipe.kind == "pretrain":
-            refuse_missing_data(loaded.recipe)
+            refuse_missing_data(located(loaded.recipe, loaded.files))
         trials = reward_trials.of_recipe(loaded) if rewards else []
         if loaded.recipe.kind == "grpo":
             whole = [trial.name for trial in trials if trial.whole_batch]
-            check_whole_batch(loaded.recipe, whole, process_count())
+            check_whole_batch(found, whole, process_count())
             if rewards:
-                check_replayed_rewards(loaded.recipe, [trial.name for trial in trials])
+                check_replayed_rewards(found, [trial.name for trial in trials])
         if as_json:
             _print_json(loaded, trials)
         else:
@@ -76,12 +80,12 @@ def register(app: typer.Typer) -> None:
 
 def refuse_missing_parts(recipe: "GrpoRecipe") -> None:
     """Raise the error with which a run would stop at its start: policy, adapter targets, suite."""
-    from cli.policy_folder import find_policy
     from evals.suites import load_suite
+    from policy import policy_path
     from policy.anatomy import read_anatomy
     from rl.preflight import check_targets
 
-    check_targets(recipe.policy.lora, read_anatomy(find_policy(recipe.policy.path)))
+    check_targets(recipe.policy.lora, read_anatomy(policy_path(recipe.policy.path)))
     if recipe.evals.every:
         load_suite(recipe.evals.suite, recipe.evals.limit).from_prompts_alone()
 

@@ -10,6 +10,7 @@ import numpy as np
 from common.errors import DataError
 from common.seeds import counter_seed
 from data.scenes import TASKS, scene_prompts
+from recipes.schema_grpo import GrpoRecipe
 
 GENEVAL_TASKS = tuple(task for task in TASKS if task != "text")
 
@@ -77,6 +78,18 @@ def draw_records(
             records = by_task[str(task)]
             chosen.append(records[int(rng.integers(len(records)))])
     return chosen
+
+
+def records_of_run(recipe: GrpoRecipe) -> list[dict[str, Any]]:
+    """Return the records that a run draws, `rollout.prompts_per_step` for each of its steps."""
+    return draw_records(
+        recipe.prompts.source,
+        recipe.prompts.split,
+        recipe.prompts.tasks,
+        steps=recipe.train.steps,
+        per_step=recipe.rollout.prompts_per_step,
+        seed=recipe.seed,
+    )
 
 
 def _record(path: Path, number: int, line: str) -> dict[str, Any]:

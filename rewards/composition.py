@@ -52,8 +52,10 @@ class Composition:
             counted[name] = value
         return counted
 
-    def total(self, counted: Mapping[str, float], step: int) -> float:
-        """Return the weighted sum."""
+    def total(self, counted: Mapping[str, float] | None, step: int) -> float | None:
+        """Return the weighted sum; None of None."""
+        if counted is None:
+            return None
         weights = self.weights(step)
         return sum(weights[name] * value for name, value in counted.items())
 

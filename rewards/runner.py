@@ -133,7 +133,7 @@ class RewardRunner:
         self._cache = cache
         functions = [load_reward(spec.use, **spec.args) for spec in specs]
         names = _names(specs, functions)
-        self._composition = Composition(dict(zip(names, specs, strict=True)))
+        self.composition = Composition(dict(zip(names, specs, strict=True)))
         self._parts = [
             _Part(
                 name,
@@ -168,7 +168,7 @@ class RewardRunner:
 
     def weights(self, step: int = 0) -> dict[str, float]:
         """Return each reward's weight at a training step."""
-        return self._composition.weights(step)
+        return self.composition.weights(step)
 
     def check_records(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Raise RewardError, naming the record, if some reward cannot score a prompt record."""
@@ -243,9 +243,9 @@ class RewardRunner:
     def _combined(self, scores: Sequence[Score], step: int) -> Scored:
         pairs = list(zip(self.names, scores, strict=True))
         parts = {name: score.value for name, score in pairs}
-        counted = self._composition.counted(parts, step)
+        counted = self.composition.counted(parts, step)
         return Scored(
-            None if counted is None else self._composition.total(counted, step),
+            self.composition.total(counted, step),
             parts,
             {name: score.reason for name, score in pairs if score.reason},
             {name: score.details for name, score in pairs if score.details},

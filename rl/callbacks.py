@@ -73,7 +73,7 @@ class JournalCallback(TrainerCallback):
         row["rewards"] = {
             key.removeprefix("parts/"): v for key, v in logs.items() if key.startswith("parts/")
         }
-        if self.trainer.ahead is not None:
+        if self.trainer.policy_lag is not None:
             row["policy_lag"] = self.trainer.policy_lag
         row |= self._details() | self._missing()
         row["samples"] = self._samples()

@@ -45,7 +45,7 @@ class ImageGRPOTrainer(GRPOTrainer):
     written to the folder `save_to`, or read from `replay` instead of being made. `last_rollout`,
     `last_prompts` and `last_scores` stay readable for callbacks, and `all_scores`, which has those
     of the other processes too; `policy_lag` is the number of updates between the weights that drew
-    them and those of the step.
+    them and those of the step, None where nothing is ever drawn ahead.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class ImageGRPOTrainer(GRPOTrainer):
         self.last_scores: list[Scored] = []
         self.all_scores: list[Scored] = []
         self.last_prompts: list[str] = []
-        self.policy_lag = 0
+        self.policy_lag: int | None = None
         self._asked: list[Mapping[str, Any]] = []  # the records of the step's samples
         self._old_logprobs: Tensor | None = None
         self._nothing_to_learn = False
@@ -140,14 +140,20 @@ class ImageGRPOTrainer(GRPOTrainer):
         step, process = self.state.global_step, self.accelerator.process_index
         self.last_prompts = list(prompts)
         if self.replay is not None:
-            rollout = load_rollout(self.replay, prompts, step, process, self.accelerator.device)
+            rollout, self.policy_lag = load_rollout(
+                self.replay, prompts, self.rewards.composition,
+                step, process, self.accelerator.device,
+            )  # fmt: skip
         else:
             rollout = self.sampler(groups, size, step, process, judge=self._judge)
         if self.ahead is not None:
             self.policy_lag = step - self.ahead.sampled_from
         if self.save_to is not None:
             with self.timeline.busy("save"):
-                save_rollout(self.save_to, rollout, prompts, self.sampler.sampling, step, process)
+                save_rollout(
+                    self.save_to, rollout, prompts, self.sampler.sampling,
+                    step, process, self.policy_lag,
+                )  # fmt: skip
         self.last_rollout, self.last_scores = rollout, rollout.scores
         # Without the correction TRL does not ask for them: an update a step has ratio 1.
         self._old_logprobs = rollout.logprobs if self.vllm_importance_sampling_correction else None

@@ -11,7 +11,7 @@ from policy.anatomy import Anatomy
 from recipes.schema_common import LoraSection
 from recipes.schema_grpo import GrpoRecipe
 from recipes.schema_pretrain import PretrainRecipe
-from rl.saved_rollouts import check_judges, check_saved
+from rl.saved_rollouts import check_judges, check_saved, refuse_used
 
 _TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX")}
 """Packages of which one is needed, where the tracker is not called as its package."""
@@ -57,6 +57,12 @@ def check_context(context: int, taken: int) -> None:
             f"data.context is {context}, but template and image tokens take {taken} already.\n"
             "    Fix: raise data.context."
         )
+
+
+def check_save_to(recipe: GrpoRecipe) -> None:
+    """Raise RunError if the folder to save rollouts to, if any, cannot be made or is in use."""
+    if recipe.rollout.save_to:
+        refuse_used(Path(recipe.rollout.save_to))
 
 
 def check_replay(recipe: GrpoRecipe, processes: int) -> None:

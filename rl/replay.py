@@ -9,17 +9,18 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from common.atomic import write_text
-from common.errors import RunError
 from common.processes import process_count
 from policy.sampling import Sampling
+from rewards.composition import Composition
 from rewards.runner import Scored
 from rl.rollouts import Rollout
-from rl.saved_rollouts import samples_file
+from rl.saved_rollouts import read_samples, samples_file, tokens_file
 
 _TENSORS = ("completion_ids", "behaviour_logprobs", "logprobs")
 
@@ -31,6 +32,7 @@ def save_rollout(
     sampling: Sampling,
     step: int,
     process: int,
+    policy_lag: int | None = None,
 ) -> None:
     """Write a step's samples; `samples.json` comes last, so a torn write is no rollout."""
     file = samples_file(folder, step, process)
@@ -38,7 +40,7 @@ def save_rollout(
     for number, image in enumerate(rollout.images):
         image.save(file.parent / "images" / f"{number:04d}.png")
     tensors = {name: getattr(rollout, name).cpu().contiguous() for name in _TENSORS}
-    save_file(tensors, file.parent / "tokens.safetensors")
+    save_file(tensors, tokens_file(folder, step, process))
     samples = [
         {"prompt": prompt, "prompt_ids": ids, "score": dataclasses.asdict(scored)}
         for prompt, ids, scored in zip(prompts, rollout.prompt_ids, rollout.scores, strict=True)
@@ -47,37 +49,41 @@ def save_rollout(
     facts = {
         "processes": process_count(),
         "sampling": dataclasses.asdict(sampling),
+        "policy_lag": policy_lag,
         "samples": samples,
     }
     write_text(file, json.dumps(facts, ensure_ascii=False, default=str))
 
 
 def load_rollout(
-    folder: Path, prompts: Sequence[str], step: int, process: int, device: torch.device
-) -> Rollout:
-    """Read a step's samples, without pictures. `prompts` are those the run would sample for.
+    folder: Path,
+    prompts: Sequence[str],
+    composition: Composition,
+    step: int,
+    process: int,
+    device: torch.device,
+) -> tuple[Rollout, int | None]:
+    """Read a step's samples, without pictures, and their policy lag.
 
-    Raises RunError where there are none, or those of other prompts.
+    `prompts` are those the run would sample for. What the saved scores count is worked out anew,
+    by the weights, ranges and gates of this run. Raises RunError where samples are missing,
+    damaged, or of other prompts.
     """
-    file = samples_file(folder, step, process)
-    if not file.is_file():
-        raise RunError(
-            f"{folder} has no rollouts of step {step}, process {process}.\n"
-            "    Fix: replay with the number of processes that saved them."
-        )
-    samples = json.loads(file.read_text(encoding="utf-8"))["samples"]
-    if [sample["prompt"] for sample in samples] != list(prompts):
-        raise RunError(
-            f"{file} holds samples of other prompts than this recipe draws.\n"
-            "    Fix: replay with prompts, seed and group size of the run that saved it."
-        )
-    tensors = load_file(file.parent / "tokens.safetensors")
-    return Rollout(
+    facts = read_samples(folder, step, process, prompts)
+    samples = facts["samples"]
+    tensors = load_file(tokens_file(folder, step, process))
+    rollout = Rollout(
         [sample["prompt_ids"] for sample in samples],
         tensors["completion_ids"],
         tensors["behaviour_logprobs"],
         tensors["logprobs"].to(device),
         [],
-        [Scored(**sample["score"]) for sample in samples],
+        [_composed(sample["score"], composition, step) for sample in samples],
         [],
     )
+    return rollout, facts["policy_lag"]
+
+
+def _composed(saved: dict[str, Any], composition: Composition, step: int) -> Scored:
+    counted = composition.counted(saved["parts"], step)
+    return Scored(**saved | {"counted": counted, "total": composition.total(counted, step)})

@@ -16,7 +16,7 @@ from common.journal import Journal, read_journal
 from common.lock import run_lock
 from common.processes import is_main_process, process_count
 from common.progress import Progress, SilentProgress
-from data.prompts import draw_records
+from data.prompts import records_of_run
 from evals.policy_hash import policy_hash
 from evals.results import held_out_row
 from evals.suites import Suite, load_suite
@@ -37,12 +37,12 @@ from rl.preflight import (
     check_launch,
     check_replay,
     check_replayed_rewards,
+    check_save_to,
     check_trackers,
     check_whole_batch,
 )
 from rl.provenance import with_stage
 from rl.rollouts import Sampler
-from rl.saved_rollouts import refuse_used
 from rl.stages import Journaled, adapter_rank, build_rewards, open_stages, placements
 from rl.trl_release import GRPOConfig
 from rl.zero import zero_config
@@ -66,8 +66,7 @@ def train(loaded: LoadedRecipe, run_dir: Path, progress: Progress | None = None)
     Raises `Interrupted` after SIGINT or SIGTERM, with a checkpoint written.
     """
     recipe = located(_grpo(loaded), loaded.files)
-    if recipe.rollout.save_to:
-        refuse_used(Path(recipe.rollout.save_to))
+    check_save_to(recipe)
     _run(recipe, run_dir, progress or SilentProgress(), None, run_lock(run_dir))
 
 
@@ -103,15 +102,7 @@ def _run(
         policy = load_policy(recipe)
         start = policy_hash(policy) if main else ""
         lora = lora_config(recipe.policy.lora, policy) if recipe.policy.lora else None
-        prompts = recipe.prompts
-        records = draw_records(
-            prompts.source,
-            prompts.split,
-            prompts.tasks,
-            steps=recipe.train.steps,
-            per_step=recipe.rollout.prompts_per_step,
-            seed=recipe.seed,
-        )
+        records = records_of_run(recipe)
         rewards = parts.enter_context(build_rewards(recipe))
         rewards.check_records(records)
         check_replayed_rewards(recipe, rewards.names)

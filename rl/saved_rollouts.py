@@ -1,11 +1,15 @@
 """The folder of saved rollouts: where a step's samples are, and whether a recipe can use them."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from common.errors import RunError
+from data.prompts import records_of_run
 from recipes.schema_grpo import GrpoRecipe
 
 
@@ -14,18 +18,46 @@ def samples_file(folder: Path, step: int, process: int) -> Path:
     return folder / f"step-{step:06d}-{process}" / "samples.json"
 
 
+def tokens_file(folder: Path, step: int, process: int) -> Path:
+    """Return the file of the tensors that stands beside it."""
+    return samples_file(folder, step, process).with_name("tokens.safetensors")
+
+
 def refuse_used(folder: Path) -> None:
-    """Raise RunError if a folder to save to holds rollouts of an earlier run."""
+    """Raise RunError if a folder to save to cannot be made or holds an earlier run's rollouts."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir():
+        raise RunError(
+            f"rollouts cannot be saved to {folder}: {there} is a file.\n"
+            "    Fix: give --save-rollouts a new folder."
+        )
     if any(folder.glob("step-*")):
         raise RunError(
             f"{folder} holds saved rollouts already.\n    Fix: give --save-rollouts a new folder."
         )
 
 
+def read_samples(folder: Path, step: int, process: int, prompts: Sequence[str]) -> dict[str, Any]:
+    """Return what a step's `samples.json` holds, and see that its tensors are there in full.
+
+    Raises RunError where one of the two files is missing or damaged, or of an earlier version, and
+    where the samples are not of these prompts.
+    """
+    saved = _read(folder, step, process)
+    if [sample["prompt"] for sample in saved["samples"]] != list(prompts):
+        raise RunError(
+            f"{folder} holds samples of other prompts than this recipe draws (step {step}).\n"
+            "    Fix: replay with prompts, seed and group size of the run that saved them."
+        )
+    with _refused(tokens_file(folder, step, process)) as file, safe_open(file, "numpy"):
+        pass  # opening compares the size with the header
+    return saved
+
+
 def check_saved(folder: Path, recipe: GrpoRecipe, processes: int) -> None:
     """Raise RunError unless `folder` has rollouts of all steps, sampled as the recipe says.
 
-    They must come from as many training processes as there are now.
+    They must be of the prompts that it draws, from as many training processes as there are now.
     """
     steps, there = recipe.train.steps, 0
     while samples_file(folder, there, 0).is_file():
@@ -36,12 +68,7 @@ def check_saved(folder: Path, recipe: GrpoRecipe, processes: int) -> None:
             f"{folder} holds the rollouts of {there} steps in a row, and the recipe has {steps}.\n"
             f"    Fix: {fix}."
         )
-    first = _first(folder)
-    if not first.keys() >= {"processes", "sampling"}:
-        raise RunError(
-            f"the rollouts of {folder} do not say how they were sampled: an earlier version saved "
-            "them.\n    Fix: save them anew."
-        )
+    first = _read(folder)
     for key, value in first["sampling"].items():
         if (ours := getattr(recipe.rollout, key)) != value:
             raise RunError(
@@ -53,11 +80,18 @@ def check_saved(folder: Path, recipe: GrpoRecipe, processes: int) -> None:
             f"the rollouts of {folder} were saved by {saved} training processes, and this run has "
             f"{processes}.\n    Fix: start {saved}."
         )
+    # A step's samples are divided among the processes in order.
+    prompts = [
+        r["prompt"] for r in records_of_run(recipe) for _ in range(recipe.rollout.group_size)
+    ]
+    share = len(prompts) // (steps * processes)
+    for i in range(steps * processes):
+        read_samples(folder, *divmod(i, processes), prompts[i * share : (i + 1) * share])
 
 
 def check_judges(folder: Path, rewards: Sequence[str]) -> None:
     """Raise RunError unless the rollouts were judged by the rewards of these names."""
-    judges = _first(folder)["samples"][0]["score"]["parts"]
+    judges = _read(folder)["samples"][0]["score"]["parts"]
     if judges.keys() != set(rewards):
         raise RunError(
             f"rewards.functions: the rollouts of {folder} were judged by {', '.join(judges)}, and "
@@ -65,6 +99,23 @@ def check_judges(folder: Path, rewards: Sequence[str]) -> None:
         )
 
 
-def _first(folder: Path) -> dict[str, Any]:
-    saved: dict[str, Any] = json.loads(samples_file(folder, 0, 0).read_text(encoding="utf-8"))
+def _read(folder: Path, step: int = 0, process: int = 0) -> dict[str, Any]:
+    with _refused(samples_file(folder, step, process)) as file:
+        saved: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    if not saved.keys() >= {"processes", "sampling", "policy_lag"}:
+        raise RunError(
+            f"the rollouts of {folder} do not say how they were sampled: an earlier version saved "
+            "them.\n    Fix: save them anew."
+        )
     return saved
+
+
+@contextmanager
+def _refused(file: Path) -> Iterator[Path]:
+    """Turn what reading a missing or damaged file raises into a RunError."""
+    try:
+        yield file
+    except (OSError, ValueError, SafetensorError) as error:
+        raise RunError(
+            f"{file} cannot be read: {error}\n    Fix: copy the saved rollouts again, or save anew."
+        ) from error

@@ -59,7 +59,7 @@ def open_stages(
 
     `longest_prompt` is that of the whole run in tokens, template included.
     """
-    places = placements(recipe)
+    places = placements(recipe, bool(rewards.whole_batch))
     if places:
         address = recipe.rollout.ray.address
         parts.enter_context(ray_cluster(address, list(places.values())))
@@ -95,8 +95,11 @@ def open_stages(
     return Stages(engine, render, score)
 
 
-def placements(recipe: GrpoRecipe) -> dict[str, Placement]:
-    """Return where the workers of each section run that has any; a replay has no use for them."""
+def placements(recipe: GrpoRecipe, whole_batch: bool = False) -> dict[str, Placement]:
+    """Return where the workers of each section run that has any; a replay has no use for them.
+
+    With `whole_batch` one reward worker gets all pictures of a step.
+    """
     sections: dict[str, tuple[int, WorkerSection]] = {
         "rollout": (recipe.rollout.workers, recipe.rollout.ray),
         "decode": (recipe.decode.workers, recipe.decode.ray),
@@ -113,7 +116,7 @@ def placements(recipe: GrpoRecipe) -> dict[str, Placement]:
         # A reward that hangs is its runner's matter. In batches and singly it may use up its limit
         # for every picture of a share, and for a few calls besides (`rewards.runner`).
         images = recipe.rollout.prompts_per_step * recipe.rollout.group_size
-        calls = 16 + math.ceil(images / rewards.workers)
+        calls = 16 + math.ceil(images / (1 if whole_batch else rewards.workers))
         slowest = max(function.timeout_s for function in recipe.rewards.functions)
         limit = rewards.timeout_s + calls * slowest
         places["rewards"] = replace(rewards, timeout_s=limit)

@@ -3,8 +3,8 @@
 A piece of work is the arguments of one call; whichever actor is free takes the next one. What an
 actor that died or hung was doing goes to another, and a new actor is started in its place, which
 joins when it is ready: with a machine gone for good that is never, and the others do all. What
-comes of a piece may depend on its arguments alone, so a loss changes no number. Every piece is
-taken exactly once.
+comes of a piece should depend on its arguments alone, so that a loss changes no number; rewards do
+so but for an outage, which each actor's runner remembers. Every piece is taken exactly once.
 """
 
 from __future__ import annotations

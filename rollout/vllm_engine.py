@@ -298,7 +298,14 @@ def _start(ar_folder: Path, **settings: Any) -> Any:
         # Given as a class, the model is not inspected in a further process: that process would
         # import torchvision without our preparation, and takes seconds.
         vllm.ModelRegistry.register_model("Qwen3ForCausalLM", Qwen3ForCausalLM)
-        return vllm.LLM(logging_config=LoggingConfig(log_level="ERROR"), **settings)
+        try:
+            return vllm.LLM(logging_config=LoggingConfig(log_level="ERROR"), **settings)
+        except ValueError as error:
+            if "cache" not in str(error):
+                raise
+            told = str(error).split(" Try ")[0]  # it advises settings of its own
+            fix = "raise rollout.vllm.cache_gib."
+            raise RunError(f"vLLM cannot start: {told}\n    Fix: {fix}") from None
 
 
 def _check_cpu_attention(ar_folder: Path, cache_dtype: str) -> None:

@@ -306,3 +306,14 @@ def test_vllm_names_the_limits_it_was_started_with(engines, tmp_path):
     Qwen3Config(head_dim=16).save_pretrained(tmp_path)
     with pytest.raises(PolicyError, match="head_dim is 16"):
         VllmEngine(tmp_path, START, IMAGES, LENGTH)
+
+
+@pytest.mark.parametrize("cache_gib", [1e-7, 1e-4])
+def test_a_cache_too_small_for_one_picture_is_told_by_its_key(engines, model, tmp_path, cache_gib):
+    """Too small for one block of 32 KiB, and for the three that the longest sequence takes."""
+    from rollout.vllm_engine import VllmEngine
+
+    model.save_pretrained(tmp_path)
+    with pytest.raises(RunError, match=r"cache.*\n    Fix: raise rollout\.vllm\.cache_gib") as told:
+        VllmEngine(tmp_path, START, IMAGES, LENGTH, max_prompt_length=64, cache_gib=cache_gib)
+    assert "gpu_memory_utilization" not in str(told.value)

@@ -11,7 +11,9 @@ from tiny_policy import write_recipe
 
 from cli.main import main
 from common.journal import read_journal
+from data.prompts import records_of_run
 from policy.sampling import Sampling
+from recipes import load_recipe
 from rewards.runner import Scored
 from rl.replay import save_rollout
 from rl.rollouts import Rollout
@@ -59,9 +61,8 @@ def test_rollouts_that_do_not_fit_are_refused(train, tmp_path):
     refused(train(*replay, "rollout.top_p=0.9"), 1, "rollout.top_p is 0.9, and", "rollout.top_p=1")
     other = "rewards.functions=[{use: geneval, args: {detector: scenes}}]"
     refused(train(*replay, other), 1, "judged by redness", "the recipe has geneval")
-    exit_code, _, _, stderr = train(*replay, "seed=5")
-    assert exit_code == 1
-    assert "samples of other prompts" in stderr
+    for override in ("seed=5", "rollout.group_size=2", "rollout.prompts_per_step=2"):
+        refused(train(*replay, override), 1, "samples of other prompts", "seed and group size")
 
 
 def test_rollouts_of_two_processes_are_not_replayed_by_one(train, tmp_path):
@@ -78,19 +79,26 @@ def test_rollouts_of_two_processes_are_not_replayed_by_one(train, tmp_path):
 
 def test_check_refuses_what_train_refuses(policy_folder, tmp_path, monkeypatch, capsys):
     recipe = write_recipe(tmp_path, policy_folder)
-    tensor = torch.zeros(1, 36)
-    scored = Scored(0.5, {"another": 0.5}, counted={"another": 0.5})
-    rollout = Rollout([[1]], tensor, tensor.clone(), tensor.clone(), [], [scored], [])
-    save_rollout(tmp_path / "saved", rollout, ["x"], Sampling(), 0, 0)
-    check = ["check", str(recipe), "train.steps=1", f"rollout.replay={tmp_path / 'saved'}"]
-    assert main(check) == 1
-    assert "were judged by another" in capsys.readouterr().err
+    records = records_of_run(load_recipe(str(recipe), ["train.steps=1"]).recipe)
+    prompts = [record["prompt"] for record in records for _ in range(4)]
+    tensor = torch.zeros(16, 36)
+    scores = [Scored(0.5, {"another": 0.5}, counted={"another": 0.5})] * 16
+    rollout = Rollout([[1]] * 16, tensor, tensor.clone(), tensor.clone(), [], scores, [])
+    save_rollout(tmp_path / "saved", rollout, prompts, Sampling(), 0, 0)
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+    def check(folder: str, *overrides: str) -> str:
+        assert main(["check", str(recipe), "train.steps=1", folder, *overrides]) == 1
+        return " ".join(capsys.readouterr().err.split())
+
+    replay = "rollout.replay=~/saved"
+    assert "were judged by another" in check(replay)
+    assert "samples of other prompts" in check(replay, "rollout.group_size=2")
+    assert "holds saved rollouts already" in check("rollout.save_to=~/saved")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert main(check) == 1
-    assert "saved by 1 training processes" in capsys.readouterr().err
+    assert "saved by 1 training processes" in check(replay)
     file = tmp_path / "saved" / "step-000000-0" / "samples.json"
     saved = json.loads(file.read_text())
     del saved["sampling"]
     file.write_text(json.dumps(saved))
-    assert main(check) == 1
-    assert "an earlier version saved them" in " ".join(capsys.readouterr().err.split())
+    assert "an earlier version saved them" in check(replay)

@@ -25,6 +25,8 @@ from common.progress import SilentProgress
 from evals.alarms import alarms
 from policy import Policy
 from recipes import load_recipe
+from rewards.composition import Composition
+from rewards.spec import RewardSpec
 from rl.callbacks import JournalCallback
 from rollout import Sampling
 from rollout.ahead import AheadEngine, Request
@@ -33,6 +35,7 @@ from rollout.timeline import Interval, Timeline
 from rollout.weights import merged_tensors
 
 CAP = 2.0
+CHANGES = {"train.steps": 3, "train.learning_rate": 0.02, "algorithm.importance_cap": CAP}
 
 
 class Watched:
@@ -62,12 +65,21 @@ class Watched:
     def close(self): ...
 
 
+def keep_rows(trainer) -> None:
+    """Keep in `trainer.rows` what the journal would get."""
+    trainer.rows = []
+    journal = SimpleNamespace(write=trainer.rows.append)
+    shown = JournalCallback(journal, SilentProgress(), [], [])
+    shown.trainer = trainer
+    trainer.add_callback(shown)
+
+
 @pytest.fixture(scope="module")
 def lagging(policy_folder, tmp_path_factory):
     """A trainer of three steps with large updates, its engine, and the batches it learnt from."""
-    changes = {"train.steps": 3, "train.learning_rate": 0.02, "algorithm.importance_cap": CAP}
     policy, folder = Policy.from_pretrained(policy_folder), tmp_path_factory.mktemp("lag")
-    trainer = build(policy, folder, runner=Given(flat(REWARDS)), **changes)
+    trainer = build(policy, folder, runner=Given(flat(REWARDS)), **CHANGES)
+    trainer.save_to = folder / "saved"
     engine = Watched(policy)
     trainer.ahead = trainer.sampler.engine = AheadEngine(engine)
     config = policy.config
@@ -77,15 +89,7 @@ def lagging(policy_folder, tmp_path_factory):
         push_weights(trainer.ahead, side)
 
     trainer.vllm_generation._sync = sync
-    trainer.rows = []
-
-    class Rows:
-        def write(self, row):
-            trainer.rows.append(row)
-
-    shown = JournalCallback(Rows(), SilentProgress(), [], [])
-    shown.trainer = trainer
-    trainer.add_callback(shown)
+    keep_rows(trainer)
     batches = watch_batches(trainer)
     trainer.train()
     yield trainer, engine, batches
@@ -140,6 +144,20 @@ def test_each_row_tells_its_lag_and_when_the_next_step_s_tokens_were_drawn(laggi
             assert spans["reward"][1] <= spans["ahead"][0] < spans["ahead"][1]
             assert spans["ahead"][0] < spans["update"][1], "not beside the update"
             assert row["seconds"]["ahead"] > 0
+
+
+def test_a_replay_tells_the_lag_of_the_run_that_saved(lagging, policy_folder, tmp_path):
+    trainer, _, _ = lagging
+    runner = Given(flat(REWARDS))
+    runner.composition = Composition({"given": RewardSpec("given")})
+    replayed = build(Policy.from_pretrained(policy_folder), tmp_path, runner=runner, **CHANGES)
+    replayed.replay = trainer.save_to
+    keep_rows(replayed)
+    replayed.train()
+    assert [row["policy_lag"] for row in replayed.rows] == [0, 1, 1]
+    for key in ("grad_norm", "logprob_mismatch_max", "importance_ratio_mean"):
+        assert [row[key] for row in replayed.rows] == [row[key] for row in trainer.rows]
+    assert alarms(replayed.rows, []) == alarms(trainer.rows, [])
 
 
 def test_what_workers_draw_ahead_after_the_update_is_in_the_row():

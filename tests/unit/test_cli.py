@@ -190,7 +190,7 @@ def test_check_shows_every_value_and_its_origin(capsys):
     ("override", "told"),
     [
         ("evals.suite=nope", "no suite is called `nope`"),
-        ("policy.path=/nowhere", "no policy at /nowhere"),
+        ("policy.path=/nowhere", "/nowhere is not a policy folder"),
         ("policy.lora.targets=[q_prj]", "no linear map `q_prj`"),
         ("prompts.source=/nowhere.jsonl", "/nowhere.jsonl: no such file"),
         ("rewards.functions.0.use=gneval", "no reward is called `gneval`. Did you mean `geneval`?"),
@@ -199,6 +199,13 @@ def test_check_shows_every_value_and_its_origin(capsys):
 def test_check_finds_what_a_run_would_stop_at(capsys, override, told):
     assert main(["check", "geneval-scenes", override]) in (1, 2)
     assert told in capsys.readouterr().err
+
+
+def test_check_takes_a_run_folder_for_no_policy_as_train_does(tmp_path, capsys):
+    (tmp_path / "policy").mkdir()
+    (tmp_path / "policy" / "policy.json").write_text("{}")
+    assert main(["check", "geneval-scenes", f"policy.path={tmp_path}"]) == 1
+    assert f"Fix: give {tmp_path}/policy" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ class Composed:
         for i, (a, b) in enumerate(zip(A.ravel(), B.ravel(), strict=True)):
             parts = {"a": None if i == 9 else a, "b": b, "watched": 7.0}
             counted = self.composition.counted(parts, step)
-            total = None if counted is None else self.composition.total(counted, step)
+            total = self.composition.total(counted, step)
             scored.append(Scored(total, parts, counted=counted))
         return scored
 

@@ -17,7 +17,7 @@ NUMBERS = st.floats(-100, 100)
 def total_of(specs, parts, step=0):
     composition = Composition(specs)
     counted = composition.counted(parts, step)
-    return None if counted is None else composition.total(counted, step)
+    return composition.total(counted, step)
 
 
 def test_a_sum_of_weighted_scores():

@@ -4,7 +4,7 @@ import json
 import logging
 import signal
 from collections import Counter
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +15,7 @@ from tiny_policy import write_recipe
 
 import rl.build
 import rl.run
+import rl.stages
 from common.errors import DataError, RunError
 from common.progress import SilentProgress
 from data.prompts import draw_records, training_records
@@ -33,7 +34,7 @@ from rl.run import (
     resume,
     trainer_config,
 )
-from rl.stages import Journaled, build_engine, placements
+from rl.stages import Journaled, build_engine, open_stages, placements
 from rl.trl_release import GRPOConfig
 from rollout.build import EngineSpec
 from rollout.decode import Decode
@@ -229,6 +230,29 @@ def test_reward_workers_have_time_for_rewards_that_hang():
     places = placements(recipe_of("rewards.workers=2", "decode.workers=1", functions, *step))
     assert places["rewards"].timeout_s > 600 + (3 + 72) * 90
     assert places["decode"].timeout_s == 600
+
+
+@pytest.mark.parametrize(("whole_batch", "pictures"), [([], 18), (["ranked"], 144)])
+def test_reward_workers_have_time_for_all_pictures_if_one_gets_all(
+    monkeypatch, whole_batch, pictures
+):
+    """Of 144 pictures 8 workers get 18 each, unless a reward compares them all."""
+    started = []
+
+    def cluster(address, places):
+        started.extend(places)
+        raise RunError("far enough")
+
+    monkeypatch.setattr(rl.stages, "ray_cluster", cluster)
+    step = ("rollout.prompts_per_step=12", "rollout.group_size=12")
+    recipe, rewards = (
+        recipe_of("rewards.workers=8", *step),
+        SimpleNamespace(whole_batch=whole_batch),
+    )
+    with pytest.raises(RunError, match="far enough"), ExitStack() as parts:
+        open_stages(recipe, None, rewards, 1, Journaled(), parts)
+    [place] = started
+    assert (5 + pictures) * 60 < place.timeout_s - 600 < (30 + pictures) * 60
 
 
 # --- the engine's weights ------------------------------------------------------------------------

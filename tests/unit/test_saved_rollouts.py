@@ -1,0 +1,80 @@
+"""Saved rollouts: what a replay makes of them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_policy import write_recipe
+
+from common.errors import RunError
+from data.prompts import records_of_run
+from policy.sampling import Sampling
+from recipes import load_recipe
+from rewards.composition import Composition
+from rewards.runner import Scored
+from rewards.spec import Gate, RewardSpec
+from rl.replay import load_rollout, save_rollout
+from rl.rollouts import Rollout
+from rl.saved_rollouts import check_saved, refuse_used
+
+
+def saved(folder: Path, parts: list[dict], step: int = 0, prompts: Sequence[str] = ()) -> list[str]:
+    """Save a sample for each of the parts, judged by `red` alone; return their prompts."""
+    prompts = prompts or ["x"] * len(parts)
+    tensor = torch.zeros(len(parts), 4)
+    scores = [Scored(one["red"], one, counted={"red": one["red"]}) for one in parts]
+    rollout = Rollout([[1]] * len(parts), tensor, tensor.clone(), tensor.clone(), [], scores, [])
+    save_rollout(folder, rollout, prompts, Sampling(), step, 0)
+    return list(prompts)
+
+
+@pytest.mark.parametrize(
+    ("red", "blue", "totals"),
+    [
+        ({}, {"weight": 0.0}, [0.2, 0.6, 0.7]),
+        ({"weight": 0.0}, {"weight": 2.0}, [1.8, 0.2, None]),
+        ({"range": (0.2, 0.6)}, {"weight": 0.0}, [0.0, 1.0, 1.25]),
+        ({"weight": 0.0}, {"only_if": Gate("red", 0.5)}, [0.0, 0.1, None]),
+        ({"schedule": ((0, 1.0), (4, 3.0))}, {"weight": 0.0}, [0.4, 1.2, 1.4]),
+    ],
+)
+def test_a_replay_counts_saved_scores_by_its_own_recipe(tmp_path, red, blue, totals):
+    parts = [{"red": 0.2, "blue": 0.9}, {"red": 0.6, "blue": 0.1}, {"red": 0.7, "blue": None}]
+    prompts = saved(tmp_path, parts, step=2)
+    composition = Composition({"red": RewardSpec("r", **red), "blue": RewardSpec("b", **blue)})
+    rollout, _ = load_rollout(tmp_path, prompts, composition, 2, 0, torch.device("cpu"))
+    assert [one.parts for one in rollout.scores] == parts
+    for one, total in zip(rollout.scores, totals, strict=True):
+        assert one.total == (None if total is None else pytest.approx(total))
+        assert (one.counted is None) == (total is None)
+
+
+@pytest.mark.parametrize(
+    ("name", "left"),
+    [(name, left) for name in ("samples.json", "tokens.safetensors") for left in (0, 40, -1)]
+    + [("tokens.safetensors", None)],
+)
+def test_a_damaged_file_of_any_step_is_told_before_the_run(tmp_path, policy_folder, name, left):
+    """Missing, or with the first bytes alone."""
+    recipe = load_recipe(str(write_recipe(tmp_path, policy_folder)), ["train.steps=2"]).recipe
+    folder, drawn = tmp_path / "saved", records_of_run(recipe)
+    for step in range(2):
+        prompts = [r["prompt"] for r in drawn[4 * step :][:4] for _ in range(4)]
+        saved(folder, [{"red": 0.5}] * 16, step, prompts)
+    check_saved(folder, recipe, 1)
+    file = folder / "step-000001-0" / name
+    whole = file.read_bytes()
+    file.unlink()
+    if left is not None:
+        file.write_bytes(whole[:left])
+    with pytest.raises(RunError, match=rf"step-000001-0/{name} cannot be read: (?s:.*)Fix: copy"):
+        check_saved(folder, recipe, 1)
+
+
+def test_a_file_is_no_folder_to_save_rollouts_to(tmp_path):
+    (tmp_path / "notes").write_text("")
+    for folder in (tmp_path / "notes", tmp_path / "notes" / "deeper"):
+        with pytest.raises(RunError, match=r"notes is a file\.\n    Fix: give --save-rollouts"):
+            refuse_used(folder)
+    refuse_used(tmp_path / "new" / "deeper")
