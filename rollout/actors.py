@@ -200,7 +200,7 @@ class ActorPool:
         except ray.exceptions.RayError as error:
             if first and getattr(error, "actor_init_failed", False):
                 section = self._placement.section
-                raise RunError(f"a {section} worker cannot start: {error}") from None
+                raise RunError(f"a {section} worker cannot start: {_told(error)}") from None
             self._failed_starts[number] += 1
             self._lose(number, "start", error)
         else:
@@ -245,3 +245,9 @@ class ActorPool:
             "    Fix: if memory ran out, give workers fewer images at a time (rollout.waves, "
             "train.micro_batch) or more room; then `atelier resume` goes on."
         )
+
+
+def _told(error: Exception) -> str:
+    """Return what an actor was refused for, without Ray's traceback; that of a fault stays."""
+    _, ours, refusal = str(error).rpartition("\ncommon.errors.")
+    return refusal.partition(": ")[2] if ours else str(error)

@@ -1,6 +1,7 @@
 """Workers on Ray and the contract of an engine: same samples, proved weights, no loss unseen."""
 
 import os
+import re
 import signal
 import sys
 import time
@@ -341,6 +342,7 @@ def test_workers_without_room_are_refused_before_anything_waits(pool):
 def test_a_worker_that_cannot_start_says_why(spec, pool, tmp_path):
     wrong = EngineSpec(**{**spec.__dict__, "engine": "vllm", "ar_folder": str(tmp_path)})
     broken = RayPool(wrong.build, Placement("rollout", 1, cpus=0.0, timeout_s=120), torch.float32)
-    with pytest.raises(RunError, match=r"rollout worker cannot start[\s\S]*has no config\.json"):
+    told = f"{tmp_path} has no config.json; give the ar folder of a policy"
+    with pytest.raises(RunError, match=re.escape(f"a rollout worker cannot start: {told}") + "$"):
         broken.actors.await_ready()
     broken.close()
