@@ -162,8 +162,13 @@ def verdict(
     0 four times in five, but named only about every second time, when it is measured that large.
     """
     detectable = difference.minimum_detectable
-    if difference.low is None or difference.high is None or detectable is None:
+    if difference.low is None or difference.high is None:
         return "not shown", "No interval (too few prompts, or equal amounts): nothing can be shown."
+    if detectable is None:
+        return (
+            "not shown",
+            "Too few prompts: no difference would be told from 0 four times in five.",
+        )
     could = f"A true difference of {detectable:.3f} would be told from 0 four times in five."
     if difference.low <= 0 <= difference.high:
         return "not shown", f"No difference shown: the interval includes 0. {could}"
