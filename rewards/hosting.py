@@ -2,6 +2,7 @@
 
 import asyncio
 import concurrent.futures
+import contextlib
 import inspect
 import sys
 import threading
@@ -120,6 +121,8 @@ class ThreadHost:
 
     def _ready_loop(self) -> "_Loop | None":
         self._left_behind = [loop for loop in dict.fromkeys(self._left_behind) if loop.alive]
+        if self._loop is not None and not self._loop.alive:
+            self._loop = None
         if self._loop is None and len(self._left_behind) < _MAX_LEFT_BEHIND:
             self._loop = _Loop(f"reward-{self._function.name}")
         return self._loop
@@ -139,13 +142,18 @@ class _Loop:
         return self._thread.is_alive()
 
     def submit(self, coroutine: Any) -> "concurrent.futures.Future[Any]":
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        try:
+            return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        except RuntimeError:  # the reward has stopped it, and it is closed
+            coroutine.close()
+            return concurrent.futures.Future()  # of a call that does not come back
 
     def stop(self) -> None:
         """End the thread once the call it is in has come back."""
         if not self._stopped:
             self._stopped = True
-            self._loop.call_soon_threadsafe(self._loop.stop)
+            with contextlib.suppress(RuntimeError):  # as above
+                self._loop.call_soon_threadsafe(self._loop.stop)
 
     def _run(self) -> None:
         self._loop.run_forever()
