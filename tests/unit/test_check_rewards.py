@@ -145,6 +145,16 @@ def test_a_reward_file_alone(capsys):
     assert "--arg" not in error  # which this command does not have
 
 
+def test_a_fix_is_named_once(folder, capsys):
+    (folder / "remote.py").write_text("from rewards.remote import remote as call\n")
+    assert main(["check", "mine.py"]) == 2
+    assert "mine.py:FUNCTION" in capsys.readouterr().err
+    assert main(["check", "mine.py:absent"]) == 1
+    assert "reward, " not in capsys.readouterr().err  # which the file only imports
+    assert main(["check", "remote.py:call", "servers=x"]) == 1
+    assert capsys.readouterr().err.count("Fix: ") == 1
+
+
 def test_a_reward_that_checks_records_does_not_ask_for_their_columns_as_arguments(folder):
     for use, advice in (("geneval", "prompt record."), ("mine.py:taste", "under `args`")):
         with (
