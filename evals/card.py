@@ -10,9 +10,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from common.atomic import write_text
 from common.errors import RunError, UsageError
-from evals.report import TEMPLATES, format_value, markdown_text
+from evals.report import TEMPLATES, format_range, format_value, markdown_text
 from evals.results import ResultFolder
-from evals.suites import Metric
 
 CARD = "README.md"
 LIBRARY = "atelier"
@@ -66,7 +65,7 @@ def model_card(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"md": markdown_text, "value": format_value, "range": _range}
+    environment.filters |= {"md": markdown_text, "value": format_value, "range": format_range}
     page = environment.get_template("card.md.j2").render(
         policy=policy,
         results=[(r, r.results, r.metrics) for r in results],
@@ -159,12 +158,6 @@ def _entries(result: ResultFolder, task: str) -> list[dict[str, Any]]:
 def _spread(estimate: Mapping[str, Any]) -> dict[str, list[float]]:
     known = estimate["low"] is not None
     return {"interval_95": [estimate["low"], estimate["high"]]} if known else {}
-
-
-def _range(estimate: Mapping[str, Any] | None, metric: Metric) -> str:
-    if estimate is None or estimate["low"] is None:
-        return "no interval"
-    return f"{format_value(estimate['low'], metric)} to {format_value(estimate['high'], metric)}"
 
 
 def _fence(text: str) -> str:

@@ -165,17 +165,13 @@ def verdict(
     if difference.low is None or difference.high is None:
         return "not shown", "No interval (too few prompts, or equal amounts): nothing can be shown."
     if detectable is None:
-        return (
-            "not shown",
-            "Too few prompts: no difference would be told from 0 four times in five.",
-        )
-    could = f"A true difference of {detectable:.3f} would be told from 0 four times in five."
+        return "not shown", "Nothing can be shown: the prompts are too few for any difference."
     if difference.low <= 0 <= difference.high:
-        return "not shown", f"No difference shown: the interval includes 0. {could}"
+        return "not shown", "No difference shown: the interval includes 0."
     if p_value >= alpha:
-        return "not shown", f"No difference shown: p = {p_value:.3f}. {could}"
+        return "not shown", f"No difference shown: p = {p_value:.3f}."
     if abs(difference.mean) < detectable:
-        return "not shown", f"Suggestive only: smaller than the detectable effect. {could}"
+        return "not shown", "Suggestive only: smaller than the detectable effect."
     code = "better" if (difference.mean > 0) == (better == "higher") else "worse"
     return code, f"{code.capitalize()}: the interval excludes 0 and so does the permutation test."
 
