@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from common.bootstrap import MIN_CLUSTERS
 from common.errors import RunError
 from common.statistics import Difference, holm, paired_difference
 from evals.results import (
@@ -163,7 +164,13 @@ def verdict(
     """
     detectable = difference.minimum_detectable
     if difference.low is None or difference.high is None:
-        return "not shown", "No interval (too few prompts, or equal amounts): nothing can be shown."
+        few = difference.clusters < MIN_CLUSTERS
+        why = (
+            f"it takes {MIN_CLUSTERS} independent prompts"
+            if few
+            else "a task has one prompt or equal amounts"
+        )
+        return "not shown", f"No interval ({why}): nothing can be shown."
     if detectable is None:
         return "not shown", "Nothing can be shown: the prompts are too few for any difference."
     if difference.low <= 0 <= difference.high:
