@@ -7,7 +7,7 @@ import inspect
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -86,7 +86,9 @@ class ThreadHost:
                 continue
             value = self._finish(loop, loop.submit(_called(self._function, call)), self._timeout_s)
             if inspect.isawaitable(value):
-                future = loop.submit(_awaited(value, len(call.images), self._timeout_s))
+                future = loop.submit(
+                    _awaited(self._function.function, value, len(call.images), self._timeout_s)
+                )
                 if not in_turn:
                     awaited.append((index, loop, future))
                     continue
@@ -178,10 +180,12 @@ async def _called(function: RewardFunction, call: Call) -> Any:
     except asyncio.CancelledError:
         raise
     except BaseException as error:  # a panic of a Rust library is no Exception; Ctrl-C is not here
-        return told(error)
+        return told(error, function.function)
 
 
-async def _awaited(awaitable: Any, length: int, timeout_s: float) -> Outcome:
+async def _awaited(
+    function: Callable[..., Any], awaitable: Any, length: int, timeout_s: float
+) -> Outcome:
     limit = asyncio.timeout(timeout_s)
     try:
         async with limit:
@@ -190,7 +194,7 @@ async def _awaited(awaitable: Any, length: int, timeout_s: float) -> Outcome:
         raise
     except BaseException as error:
         # A TimeoutError of the reward's own (a server that did not answer) keeps its message.
-        return too_late(timeout_s) if limit.expired() else told(error)
+        return too_late(timeout_s) if limit.expired() else told(error, function)
 
 
 def _use_own_stream() -> None:

@@ -192,4 +192,4 @@ def _answer(function: RewardFunction, call: Call, loop: asyncio.AbstractEventLoo
             value = loop.run_until_complete(awaited(value))
         return outcome_of(value, len(call.images))
     except BaseException as error:  # as in a thread; Ctrl-C does not reach this process
-        return told(error)
+        return told(error, function.function)

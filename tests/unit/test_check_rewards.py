@@ -19,6 +19,7 @@ rewards:
 """
 REWARDS = """
 import math, time
+from PIL import Image
 from rewards import reward
 
 def length(images, prompts): return [0.5] * 3
@@ -32,6 +33,7 @@ def good(images, prompts, scale=1.0): return [scale * image.width for image in i
 async def later(images): return [None] + [1.0] * (len(images) - 1)
 @reward(name="ranked", whole_batch=True)
 def ranked(images): return [float(i) for i in range(len(images))]
+def opens(images): return [Image.open("gone.png").width]
 def trl(prompts, completions, **kwargs): return [c.width / 128 for c in completions]
 def taste(images, metadata): return [1.0] * len(images)
 """
@@ -58,9 +60,10 @@ def check(folder, functions, source="scenes", *options):
         ("nan", "returned nan"),
         ("kind", "returned str"),
         ("number", "returned float"),
-        ("raises", "KeyError: 'no face' (mine.py:10)"),
+        ("raises", "KeyError: 'no face' (mine.py:11)"),
         ("slow", "did not return within 0.2 s"),
         ("later", "returned None"),
+        ("opens", "gone.png' (mine.py:17)"),  # not the line in Pillow
     ],
 )
 def test_what_is_wrong_with_a_reward_is_told(folder, capsys, name, problem):
