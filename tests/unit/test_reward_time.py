@@ -1,6 +1,7 @@
 """Rewards that hang, wait or block: what they cost, and that they cost no other reward's score."""
 
 import asyncio
+import gc
 import threading
 import time
 
@@ -226,3 +227,4 @@ def test_a_reward_that_stops_its_event_loop_costs_only_its_own_scores():
             assert parts(scored, "t_stops_and_waits") == [None] * 6
             assert parts(scored, "t_steady") == [0, 1, 2, 3, 4, 5]
         time.sleep(0.05)  # the loop that stopped is closed by now
+    gc.collect()  # what was never awaited is told here, not in another test
