@@ -14,15 +14,16 @@ def register(app: typer.Typer) -> None:
         results: list[Path] | None = typer.Argument(
             None, metavar="RESULTS...", help="Result folders of this policy."
         ),
-        name: str | None = typer.Option(None, help="Name of the model. [default: the folder's]"),
+        name: str | None = typer.Option(None, help="Name of the model. (default: the folder's)"),
         license: str | None = typer.Option(None, help="Licence, by its name on the hub."),
         base_model: str | None = typer.Option(None, help="Hub name of what it was trained from."),
-        out: Path | None = typer.Option(None, help="File. [default: README.md in the policy]"),
+        out: Path | None = typer.Option(None, help="File. (default: README.md in the policy)"),
     ) -> None:
         """Write a model card in the Hugging Face format.
 
-        The recipe is taken from the run that the policy lies in. Results of another policy are
-        refused.
+        The recipe is taken from the run that the policy lies in.
+
+        Results of another policy are refused.
         """
         from cli import console
         from cli.policy_folder import find_policy, recipe_of

@@ -33,7 +33,7 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         """Validate a recipe, show every value with the place it comes from, try its rewards."""
         from cli import reward_trials
-        from common.errors import RecipeError
+        from common.errors import RecipeError, UsageError
         from common.processes import process_count
         from recipes import load_recipe
         from recipes.locate import located
@@ -48,6 +48,8 @@ def register(app: typer.Typer) -> None:
         if ".py:" in recipe:
             reward_trials.show(reward_trials.of_file(recipe, overrides or []), alone=True)
             return
+        if recipe.endswith(".py"):
+            raise UsageError(f"{recipe} is no recipe.\n    Fix: try a reward: {recipe}:FUNCTION")
         try:
             loaded = load_recipe(recipe, overrides or [])
         except RecipeError as error:

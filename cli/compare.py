@@ -99,11 +99,11 @@ def table(comparison: dict[str, Any]) -> list[str]:
 def _numbers(entry: dict[str, Any]) -> str:
     p_value = entry["p_adjusted"]
     p_text = "<0.001" if p_value < 0.001 else f"{p_value:.3f}"
-    if entry["low"] is None:
-        interval, finds = "no interval", "-"
-    else:
+    interval = "no interval"
+    if entry["low"] is not None:
         interval = f"[{entry['low']:+.3f}, {entry['high']:+.3f}]"
-        finds = f"{entry['minimum_detectable']:.3f}"
+    detectable = entry["minimum_detectable"]
+    finds = "-" if detectable is None else f"{detectable:.3f}"
     return (
         f"{entry['before']:>6.3f}{entry['after']:>7.3f}{entry['mean']:>+8.3f}  "
         f"{interval:<17}{p_text:>6}{finds:>7}"

@@ -1,5 +1,6 @@
 """`atelier eval`: score a policy on a benchmark suite, resumable, with intervals."""
 
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
@@ -112,6 +113,15 @@ def _name(policy: str) -> str:
     return path.parent.name if path.name == "policy" and path.parent.name else path.name
 
 
+def _why_none(clusters: Sequence[int]) -> str:
+    """Why a mean over tasks has no interval; `clusters` are each task's independent prompts."""
+    from common.bootstrap import MIN_CLUSTERS
+
+    if sum(clusters) < MIN_CLUSTERS:
+        return f"it takes {MIN_CLUSTERS} independent prompts"
+    return "a task has a single prompt" if min(clusters) == 1 else "amounts are all alike"
+
+
 def summary(results: dict[str, Any]) -> list[str]:
     """Return what results.json says as lines: the overall score, the tasks, what to make of it."""
     facts = results["suite"]
@@ -123,14 +133,17 @@ def summary(results: dict[str, Any]) -> list[str]:
     lines = [f"{facts['title']}, {headline}, {results['images']} pictures"]
     if lacking := results.get("not_supported"):
         return [*lines, f"  not supported: {lacking}"]
+    scored = [part["metrics"][headline] for part in results["tasks"].values()]
+    sizes = [estimate["clusters"] for estimate in scored if estimate is not None]
     for task, estimate in rows:
         if estimate is None:
             lines.append(f"  {task:<{width}}  not scored")
             continue
+        counts = sizes if task == "overall" else [estimate["clusters"]]
         interval = (
             f"[{estimate['low']:.3f}, {estimate['high']:.3f}]"
             if estimate["low"] is not None
-            else "no interval: too few prompts, or equal amounts"
+            else f"no interval: {_why_none(counts)}"
         )
         lines.append(f"  {task:<{width}}  {estimate['mean']:.3f}  {interval}")
     if unscored := results["unscored"][headline]:

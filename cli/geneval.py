@@ -31,7 +31,7 @@ def register(app: typer.Typer) -> None:
         file: Path = typer.Argument(..., help="What evaluate_images.py wrote (--outfile)."),
         out: Path = typer.Option(..., help="New result folder."),
         images: Path | None = typer.Option(
-            None, help="Folder with 00000, 00001, ... [default: where the file says]"
+            None, help="Folder with 00000, 00001, ... (default: where the file says)"
         ),
     ) -> None:
         """Make a result folder of the official script's verdicts, to report and compare."""

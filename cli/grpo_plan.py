@@ -1,5 +1,6 @@
 """The plan of a GRPO run: its facts as plain data, and how they look on a screen."""
 
+import math
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -60,7 +61,8 @@ def _work(recipe: "GrpoRecipe", anatomy: "Anatomy") -> dict[str, Any]:
         "engine": rollout.engine,
         "diffusion_passes": pictures * decode.steps * (1 if decode.guidance == 1 else 2),
         "rewards": {f.use: f.weight for f in recipe.rewards.functions},
-        "evaluations": steps // recipe.evals.every if recipe.evals.every else 0,
+        # Before the first step, every so many, and after the last.
+        "evaluations": 1 + math.ceil(steps / recipe.evals.every) if recipe.evals.every else 0,
         "evaluation_suite": recipe.evals.suite,
         "evaluation_prompts": recipe.evals.limit,
     }

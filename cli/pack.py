@@ -18,8 +18,10 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         """Pack pictures with captions, or edits, into webdataset shards to train on.
 
-        A picture a/b.jpg has its caption in a/b.txt; if there is an a/b.reference.jpg, it is the
-        picture before the edit and the caption is the instruction.
+        A picture a/b.jpg has its caption in a/b.txt.
+
+        If there is an a/b.reference.jpg, it is the picture before the edit,
+        and the caption is the instruction.
         """
         from cli import console
         from common.errors import UsageError

@@ -23,7 +23,7 @@ def register(app: typer.Typer) -> None:
             None, metavar="KEY=VALUE", help="Values to change, such as train.steps=40."
         ),
         out: Path | None = typer.Option(
-            None, help="Folder of the run. [default: runs/NAME]", show_default=False
+            None, help="Folder of the run. (default: runs/NAME)", show_default=False
         ),
         as_json: bool = typer.Option(False, "--json", help="Print one JSON object for machines."),
     ) -> None:

@@ -39,10 +39,13 @@ def register(app: typer.Typer) -> None:
         from evals.power import pilot_components, plan, task_sizes
         from evals.results import load_results
 
-        measured = None
+        measured, rates = None, True
         if pilot is not None:
-            measured = pilot_components(load_results(pilot[0]), load_results(pilot[1]))
-        found = plan(task_sizes(suite, parse_options(options or [])), seeds, measured)
+            before, after = load_results(pilot[0]), load_results(pilot[1])
+            measured = pilot_components(before, after)
+            rates = next(iter(after.metrics.values())).kind == "rate"
+        sizes = task_sizes(suite, parse_options(options or []))
+        found = plan(sizes, seeds, measured, rates=rates)
         for line in lines(suite, found, [difference] if difference else DIFFERENCES):
             console.say(line)
         if measured is None:
@@ -69,6 +72,6 @@ def lines(suite: str, found: "Plan", differences: "list[float] | tuple[float, ..
             for d in differences
         ]
         finds = "-" if detectable is None else f"{detectable:.3f}"
-        cells = "".join(f"{n:>9,}" for n in needs)
+        cells = "".join(f"{'-' if n is None else f'{n:,}':>9}" for n in needs)
         told.append(f"{name:<{width}}  {prompts:>5}  {finds:>6}{cells}")
     return told

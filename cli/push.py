@@ -12,7 +12,7 @@ def register(app: typer.Typer) -> None:
         repository: str = typer.Argument(..., metavar="OWNER/NAME", help="Where to."),
         public: bool = typer.Option(False, "--public", help="A new repository is for everybody."),
         endpoint: str | None = typer.Option(
-            None, help="Address of a server, or a folder. [default: the hub]"
+            None, help="Address of a server, or a folder. (default: the hub)"
         ),
         message: str = typer.Option("Policy and card", help="Message of the commit."),
     ) -> None:

@@ -70,9 +70,10 @@ def show(trials: "list[RewardTrial]", *, alone: bool = False) -> None:
         console.pairs([(trial.name, _told(trial)) for trial in trials])
     problems = [f"reward `{t.name}`: {text}" for t in trials for text in t.problems]
     if problems:
-        fix = "    Fix: correct the reward"
-        fix += "." if alone else "; --no-rewards checks the recipe alone."
-        raise RewardError("\n".join([*problems, fix]))
+        if not all("Fix: " in problem for problem in problems):
+            fix = "    Fix: correct the reward"
+            problems.append(fix + ("." if alone else "; --no-rewards checks the recipe alone."))
+        raise RewardError("\n".join(problems))
     console.say("ok", style="green")
 
 

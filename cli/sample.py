@@ -37,10 +37,10 @@ def register(app: typer.Typer) -> None:
             None, help="Picture to edit; the prompts are instructions then."
         ),
         steps: int | None = typer.Option(
-            None, min=1, max=1000, help="Steps of the diffusion head. [default: the policy's]"
+            None, min=1, max=1000, help="Steps of the diffusion head. (default: the policy's)"
         ),
         guidance: float | None = typer.Option(
-            None, min=0, max=50, help="Classifier-free guidance. [default: the policy's]"
+            None, min=0, max=50, help="Classifier-free guidance. (default: the policy's)"
         ),
         temperature: float = typer.Option(1.0, min=0.01, max=10, help="Sampling temperature."),
         top_k: int = typer.Option(0, min=0, help="Only the most probable image tokens; 0: all."),
@@ -50,7 +50,7 @@ def register(app: typer.Typer) -> None:
         device: Literal["cpu", "cuda"] = typer.Option("cpu", help="Where to compute."),
         dtype: Literal["float32", "bfloat16"] = typer.Option("float32", help="Type of weights."),
         out: Path | None = typer.Option(
-            None, help="PNG file of the sheet. [default: sample.png, or the next free name]"
+            None, help="PNG file of the sheet. (default: sample.png, or the next free name)"
         ),
     ) -> None:
         """Draw pictures: one file each, and all of them on one sheet, a row per prompt.

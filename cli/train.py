@@ -18,7 +18,7 @@ def register(app: typer.Typer) -> None:
             None, metavar="KEY=VALUE", help="Values to change, such as train.steps=40."
         ),
         out: Path | None = typer.Option(
-            None, help="Folder of the run; it must be new. [default: runs/NAME]", show_default=False
+            None, help="Folder of the run; it must be new. (default: runs/NAME)", show_default=False
         ),
         save_rollouts: Path | None = typer.Option(
             None,

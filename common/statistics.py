@@ -59,7 +59,8 @@ class Difference(Estimate):
     """A paired difference of means, with its sign-flip p-value and what it could have detected.
 
     `minimum_detectable` is the true difference that this number of clusters finds with probability
-    0.8 at the 5 % level, 1 at most for values in [0, 1]; None where no standard error exists.
+    0.8 at the 5 % level; None where no standard error exists, and where it would be more than 1
+    for values in [0, 1].
     """
 
     p_value: float
@@ -142,11 +143,9 @@ def paired_difference(
     detectable = minimum_detectable_effect(found.spread, found.freedom, alpha=1 - confidence)
     if len(groups) == 1 and groups[0].agrees:
         detectable = max(mean - found.low, found.high - mean)
-    if not amounts and both.min() >= 0 and both.max() <= 1:
-        detectable = min(detectable, 1.0)
-    return Difference(
-        mean, found.low, found.high, found.error, total, change.size, p_value, detectable
-    )
+    within = not amounts and both.min() >= 0 and both.max() <= 1
+    finds = None if within and detectable > 1 else detectable
+    return Difference(mean, found.low, found.high, found.error, total, change.size, p_value, finds)
 
 
 def minimum_detectable_effect(

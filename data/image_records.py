@@ -21,6 +21,8 @@ def image_records(source: Path, prompt: str | None = None) -> list[dict[str, Any
     in NAME.txt. `prompt` stands in where none is given. Raises DataError naming file and line.
     Pictures are not opened.
     """
+    if _is_picture(source) and source.is_file():
+        raise DataError(f"{source} is a picture.\n    Fix: give the folder that it lies in.")
     if source.is_file():
         records = list(_from_jsonl(source, prompt))
     elif (source / "metadata.jsonl").is_file():

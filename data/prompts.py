@@ -28,7 +28,9 @@ def training_records(
         return scene_prompts(split, tuple(tasks or GENEVAL_TASKS), n=100_000)
     path = Path(source)
     if not path.is_file():
-        raise DataError(f"{path}: no such file.\n    Fix: correct prompts.source in the recipe.")
+        raise DataError(
+            f"{path}: no such file.\n    Fix: correct the path (`prompts.source` in a recipe)."
+        )
     records = []
     # Not splitlines(): a JSON text may hold U+2028 and other line ends of Unicode as they are.
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):

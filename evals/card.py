@@ -9,9 +9,8 @@ from typing import Any
 from common.atomic import write_text
 from common.errors import RunError, UsageError
 from evals.pages import environment
-from evals.report import format_value, markdown_text
+from evals.report import format_range, format_value, markdown_text
 from evals.results import ResultFolder
-from evals.suites import Metric
 
 CARD = "README.md"
 LIBRARY = "atelier"
@@ -58,7 +57,9 @@ def model_card(
         model_name=policy.name,
         eval_results=found or None,
     )
-    templates = environment(autoescape=False, md=markdown_text, value=format_value, range=_range)
+    templates = environment(
+        autoescape=False, md=markdown_text, value=format_value, range=format_range
+    )
     page = templates.get_template("card.md.j2").render(
         policy=policy,
         results=[(r, r.results, r.metrics) for r in results],
@@ -151,12 +152,6 @@ def _entries(result: ResultFolder, task: str) -> list[dict[str, Any]]:
 def _spread(estimate: Mapping[str, Any]) -> dict[str, list[float]]:
     known = estimate["low"] is not None
     return {"interval_95": [estimate["low"], estimate["high"]]} if known else {}
-
-
-def _range(estimate: Mapping[str, Any] | None, metric: Metric) -> str:
-    if estimate is None or estimate["low"] is None:
-        return "no interval"
-    return f"{format_value(estimate['low'], metric)} to {format_value(estimate['high'], metric)}"
 
 
 def _fence(text: str) -> str:

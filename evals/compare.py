@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from common.bootstrap import MIN_CLUSTERS
 from common.errors import RunError
 from common.statistics import Difference, holm, paired_difference
 from evals.results import (
@@ -160,15 +161,22 @@ def verdict(difference: Difference, p_value: float, better: str = "higher") -> t
     0 four times in five, but named only about every second time, when it is measured that large.
     """
     detectable = difference.minimum_detectable
-    if difference.low is None or difference.high is None or detectable is None:
-        return "not shown", "No interval (too few prompts, or equal amounts): nothing can be shown."
-    could = f"A true difference of {detectable:.3f} would be told from 0 four times in five."
+    if difference.low is None or difference.high is None:
+        few = difference.clusters < MIN_CLUSTERS
+        why = (
+            f"it takes {MIN_CLUSTERS} independent prompts"
+            if few
+            else "a task has one prompt or equal amounts"
+        )
+        return "not shown", f"No interval ({why}): nothing can be shown."
+    if detectable is None:
+        return "not shown", "Nothing can be shown: the prompts are too few for any difference."
     if difference.low <= 0 <= difference.high:
-        return "not shown", f"No difference shown: the interval includes 0. {could}"
+        return "not shown", "No difference shown: the interval includes 0."
     if p_value >= ALPHA:
-        return "not shown", f"No difference shown: p = {p_value:.3f}. {could}"
+        return "not shown", f"No difference shown: p = {p_value:.3f}."
     if abs(difference.mean) < detectable:
-        return "not shown", f"Suggestive only: smaller than the detectable effect. {could}"
+        return "not shown", "Suggestive only: smaller than the detectable effect."
     code = "better" if (difference.mean > 0) == (better == "higher") else "worse"
     return code, f"{code.capitalize()}: the interval excludes 0 and so does the permutation test."
 

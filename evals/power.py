@@ -34,7 +34,8 @@ class TaskPlan:
     prompts: int
     components: Components
     detectable: float | None
-    """Smallest true difference found four times in five; None with fewer than five prompts."""
+    """Smallest true difference found four times in five; None with fewer than five prompts, where
+    nothing varied in the pilot, and where a rate would have to differ by more than 1."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Plan:
 
     seeds: int
     tasks: dict[str, TaskPlan]
+    rates: bool
 
     @property
     def prompts(self) -> int:
@@ -67,36 +69,42 @@ class Plan:
             return None
         variances = [t.components.cluster_variance(self.seeds) / t.prompts for t in tasks]
         freedom = satterthwaite(variances, [task.prompts - 1 for task in tasks])
-        return minimum_detectable_effect(self.spread / sqrt(self.prompts), freedom)
+        return _found(self.spread / sqrt(self.prompts), freedom, self.rates)
 
-    def prompts_needed(self, difference: float) -> int:
+    def prompts_needed(self, difference: float) -> int | None:
         """Return how many prompts, shared out over the tasks as in the suite, find the difference.
 
-        The difference is that of the mean over tasks; it is found four times in five.
+        The difference is that of the mean over tasks; it is found four times in five. None where
+        nothing varied in the pilot.
         """
-        return clusters_needed(difference, self.spread, len(self.tasks))
+        return clusters_needed(difference, self.spread, len(self.tasks)) if self.spread else None
 
-    def prompts_needed_in(self, task: str, difference: float) -> int:
+    def prompts_needed_in(self, task: str, difference: float) -> int | None:
         """Return how many prompts of one task find the difference of that task alone."""
         spread = sqrt(self.tasks[task].components.cluster_variance(self.seeds))
-        return clusters_needed(difference, spread)
+        return clusters_needed(difference, spread) if spread else None
 
 
 def plan(
-    sizes: Mapping[str, int], seeds: int, components: Mapping[str, Components] | None = None
+    sizes: Mapping[str, int],
+    seeds: int,
+    components: Mapping[str, Components] | None = None,
+    *,
+    rates: bool = True,
 ) -> Plan:
     """Return what tasks of these sizes (independent prompts) can find.
 
-    `components` come from a pilot (`pilot_components`); tasks without use `ASSUMED`.
+    `components` come from a pilot (`pilot_components`); tasks without use `ASSUMED`. `rates` says
+    that the values lie in [0, 1], so that no difference is larger than 1.
     """
     tasks = {}
     for task, prompts in sizes.items():
         known = (components or {}).get(task, ASSUMED)
         error = sqrt(known.cluster_variance(seeds) / prompts)
         enough = prompts >= MIN_CLUSTERS
-        found = minimum_detectable_effect(error, prompts - 1) if enough else None
+        found = _found(error, prompts - 1, rates) if enough else None
         tasks[task] = TaskPlan(prompts, known, found)
-    return Plan(seeds, tasks)
+    return Plan(seeds, tasks, rates)
 
 
 def task_sizes(name: str, options: Mapping[str, str]) -> dict[str, int]:
@@ -131,6 +139,11 @@ def pilot_components(before: ResultFolder, after: ResultFolder) -> dict[str, Com
             "    Fix: evaluate at least two prompts of a task with two pictures each."
         )
     return found
+
+
+def _found(error: float, freedom: float, rates: bool) -> float | None:
+    effect = minimum_detectable_effect(error, freedom)
+    return None if effect == 0 or (rates and effect > 1) else effect
 
 
 def _enough(clusters: Sequence[str]) -> bool:

@@ -162,6 +162,8 @@ def _environment(*, autoescape: bool) -> Environment:
         value=format_value,
         signed=format_signed,
         points=format_points,
+        range=format_range,
+        could=format_could,
         interval=format_interval,
         p=format_p,
         title_of=lambda task: str(task).replace("_", " "),
@@ -195,6 +197,22 @@ def format_interval(entry: Mapping[str, Any], metric: Metric) -> str:
     if entry["low"] is None:
         return "no interval"
     return f"[{format_signed(entry['low'], metric)}, {format_signed(entry['high'], metric)}]"
+
+
+def format_range(estimate: Mapping[str, Any] | None, metric: Metric) -> str:
+    """Return "LOW to HIGH" in the unit of `format_value`, or that there is no interval."""
+    if estimate is None or estimate["low"] is None:
+        return "no interval"
+    return f"{format_value(estimate['low'], metric)} to {format_value(estimate['high'], metric)}"
+
+
+def format_could(entry: Mapping[str, Any], metric: Metric) -> str:
+    """Return which difference would have been found, in the unit of `format_signed`."""
+    if entry["minimum_detectable"] is None:
+        return ""
+    size = format_points(entry["minimum_detectable"], metric)
+    points = " points" if metric.kind == "rate" else ""
+    return f"A true difference of {size}{points} would be told from 0 four times in five."
 
 
 def format_p(p_value: float) -> str:

@@ -40,7 +40,8 @@ def explain(
         path: KeyPath = tuple(part for part in entry["loc"] if part != "[key]")
         context = entry.get("ctx", {})
         if entry["type"] == "cross_field":
-            path = (*path, *str(context["key"]).split("."))
+            parts = str(context["key"]).split(".")
+            path = (*path, *(int(part) if part.isdigit() else part for part in parts))
             message, fix = str(context["message"]), str(context["fix"])
         elif entry["type"] == "extra_forbidden":
             message, fix = _unknown_key(kind, path)
@@ -146,5 +147,8 @@ def _seen(entry: Mapping[str, Any], path: KeyPath) -> Any:
     """Return the value at `path`; a cross-field error has its whole section as input."""
     value = entry["input"]
     for part in path[len(entry["loc"]) :] if entry["type"] == "cross_field" else ():
-        value = value.get(part) if isinstance(value, Mapping) else None
+        if isinstance(part, int) and isinstance(value, list):
+            value = value[part]
+        else:
+            value = value.get(part) if isinstance(value, Mapping) else None
     return value

@@ -95,7 +95,8 @@ class RewardFunction:
         for name in needed:
             if name in self._options:
                 raise RewardError(
-                    f"reward `{self.name}` needs the argument `{name}`. Fix: give it under `args`."
+                    f"reward `{self.name}` needs the argument `{name}`. Fix: give it under `args` "
+                    f"in a recipe, with --arg {self.name}.{name}=VALUE to `atelier score`."
                 )
         self.required_columns = tuple(needed)
         """Columns without which the function cannot be called."""

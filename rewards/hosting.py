@@ -2,11 +2,12 @@
 
 import asyncio
 import concurrent.futures
+import contextlib
 import inspect
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -85,7 +86,9 @@ class ThreadHost:
                 continue
             value = self._finish(loop, loop.submit(_called(self._function, call)), self._timeout_s)
             if inspect.isawaitable(value):
-                future = loop.submit(_awaited(value, len(call.images), self._timeout_s))
+                future = loop.submit(
+                    _awaited(self._function.function, value, len(call.images), self._timeout_s)
+                )
                 if not in_turn:
                     awaited.append((index, loop, future))
                     continue
@@ -120,6 +123,8 @@ class ThreadHost:
 
     def _ready_loop(self) -> "_Loop | None":
         self._left_behind = [loop for loop in dict.fromkeys(self._left_behind) if loop.alive]
+        if self._loop is not None and not self._loop.alive:
+            self._loop = None
         if self._loop is None and len(self._left_behind) < _MAX_LEFT_BEHIND:
             self._loop = _Loop(f"reward-{self._function.name}")
         return self._loop
@@ -139,13 +144,18 @@ class _Loop:
         return self._thread.is_alive()
 
     def submit(self, coroutine: Any) -> "concurrent.futures.Future[Any]":
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        try:
+            return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        except RuntimeError:  # the reward has stopped it, and it is closed
+            coroutine.close()
+            return concurrent.futures.Future()  # of a call that does not come back
 
     def stop(self) -> None:
         """End the thread once the call it is in has come back."""
         if not self._stopped:
             self._stopped = True
-            self._loop.call_soon_threadsafe(self._loop.stop)
+            with contextlib.suppress(RuntimeError):  # as above
+                self._loop.call_soon_threadsafe(self._loop.stop)
 
     def _run(self) -> None:
         self._loop.run_forever()
@@ -170,10 +180,12 @@ async def _called(function: RewardFunction, call: Call) -> Any:
     except asyncio.CancelledError:
         raise
     except BaseException as error:  # a panic of a Rust library is no Exception; Ctrl-C is not here
-        return told(error)
+        return told(error, function.function)
 
 
-async def _awaited(awaitable: Any, length: int, timeout_s: float) -> Outcome:
+async def _awaited(
+    function: Callable[..., Any], awaitable: Any, length: int, timeout_s: float
+) -> Outcome:
     limit = asyncio.timeout(timeout_s)
     try:
         async with limit:
@@ -182,7 +194,7 @@ async def _awaited(awaitable: Any, length: int, timeout_s: float) -> Outcome:
         raise
     except BaseException as error:
         # A TimeoutError of the reward's own (a server that did not answer) keeps its message.
-        return too_late(timeout_s) if limit.expired() else told(error)
+        return too_late(timeout_s) if limit.expired() else told(error, function)
 
 
 def _use_own_stream() -> None:

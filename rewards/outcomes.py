@@ -1,9 +1,10 @@
 """What a call of a reward came to: valid scores, or the reason why there are none."""
 
+import inspect
 import json
 import math
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -76,8 +77,12 @@ def outcome_of(value: Any, length: int) -> Outcome:
     return [_one_score(item) for item in islice(value, length)]
 
 
-def told(error: BaseException) -> str:
-    """Return what went wrong and, for an error in the reward itself, in which line."""
+def told(error: BaseException, function: Callable[..., Any] | None = None) -> str:
+    """Return what went wrong and, for an error in the reward itself, in which line.
+
+    That is the last one in a file beside `function`, the reward's own: what it called in a library
+    says less.
+    """
     if isinstance(error, RewardError):
         return _writable(str(error))
     if isinstance(error, SystemExit):
@@ -87,7 +92,11 @@ def told(error: BaseException) -> str:
     except Exception:  # its own __str__ may do anything
         text = type(error).__name__
     frames = traceback.extract_tb(error.__traceback__)
-    return f"{text} ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else text
+    code = getattr(inspect.unwrap(function), "__code__", None) if function else None
+    folder = Path(code.co_filename).parent if code else None
+    own = [frame for frame in frames if Path(frame.filename).parent == folder]
+    last = (own or frames)[-1:]
+    return text + "".join(f" ({Path(frame.filename).name}:{frame.lineno})" for frame in last)
 
 
 def too_late(timeout_s: float) -> Lost:

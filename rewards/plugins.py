@@ -123,7 +123,11 @@ def _same_definition(old: Callable[..., Any], new: Callable[..., Any]) -> bool:
 def _from_file(path: Path, attribute: str) -> Any:
     module = _run_file(path)
     if not hasattr(module, attribute):
-        functions = [name for name, value in vars(module).items() if inspect.isfunction(value)]
+        functions = [
+            name
+            for name, value in vars(module).items()
+            if inspect.isfunction(value) and value.__module__ == module.__name__  # not imported
+        ]
         close = nearest(attribute, functions)
         fix = f"Did you mean `{close}`?" if close else f"It has: {', '.join(functions) or 'none'}."
         raise RewardError(f"{path} has no function `{attribute}`. {fix}")

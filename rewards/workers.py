@@ -83,11 +83,11 @@ class WorkerHost:
             worker.stop()
 
     def _run_one(self, call: Call, patience: Patience) -> Outcome:
-        if patience.over or self._closed:
-            return CLOSED if self._closed else patience.reason
         worker = self._idle.get()
-        self._busy.add(worker)
+        self._busy.add(worker)  # before the look at `_closed`: what is busy then, `close` kills
         try:
+            if patience.over or self._closed:
+                return CLOSED if self._closed else patience.reason
             outcome = worker.run(call)
             patience.note(outcome)
             return outcome
@@ -102,6 +102,7 @@ class _Worker:
     def __init__(self, task: _Task, timeout_s: float) -> None:
         self._task = task
         self._timeout_s = timeout_s
+        self._killed = False
         self._process: SpawnProcess | None = None
         self._pipe: Connection | None = None
 
@@ -124,7 +125,11 @@ class _Worker:
             return told(error)
 
     def kill(self) -> None:
-        """End the process under a call, which so comes back; safe from another thread."""
+        """End the process under a call, which so comes back; safe from another thread.
+
+        No call is made afterwards, also if the process was just being started.
+        """
+        self._killed = True
         if (process := self._process) is not None:
             process.kill()
 
@@ -149,6 +154,9 @@ class _Worker:
         process.start()
         self._pipe, self._process = pipe, process
         far_end.close()  # so that its end is seen here
+        if self._killed:
+            self.stop()
+            return Lost(CLOSED)
         if not self._pipe.poll(_START_SECONDS):
             self.stop()
             return Lost(f"its process did not start within {_START_SECONDS:g} s")
@@ -192,4 +200,4 @@ def _answer(function: RewardFunction, call: Call, loop: asyncio.AbstractEventLoo
             value = loop.run_until_complete(awaited(value))
         return outcome_of(value, len(call.images))
     except BaseException as error:  # as in a thread; Ctrl-C does not reach this process
-        return told(error)
+        return told(error, function.function)

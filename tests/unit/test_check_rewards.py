@@ -19,6 +19,7 @@ rewards:
 """
 REWARDS = """
 import math, time
+from PIL import Image
 from rewards import reward
 
 def length(images, prompts): return [0.5] * 3
@@ -32,6 +33,7 @@ def good(images, prompts, scale=1.0): return [scale * image.width for image in i
 async def later(images): return [None] + [1.0] * (len(images) - 1)
 @reward(name="ranked", whole_batch=True)
 def ranked(images): return [float(i) for i in range(len(images))]
+def opens(images): return [Image.open("gone.png").width]
 def trl(prompts, completions, **kwargs): return [c.width / 128 for c in completions]
 def taste(images, metadata): return [1.0] * len(images)
 """
@@ -58,9 +60,10 @@ def check(folder, functions, source="scenes", *options):
         ("nan", "returned nan"),
         ("kind", "returned str"),
         ("number", "returned float"),
-        ("raises", "KeyError: 'no face' (mine.py:10)"),
+        ("raises", "KeyError: 'no face' (mine.py:11)"),
         ("slow", "did not return within 0.2 s"),
         ("later", "returned None"),
+        ("opens", "gone.png' (mine.py:17)"),  # not the line in Pillow
     ],
 )
 def test_what_is_wrong_with_a_reward_is_told(folder, capsys, name, problem):
@@ -143,6 +146,16 @@ def test_a_reward_file_alone(capsys):
     error = capsys.readouterr().err
     assert "scale: not of the form KEY=VALUE" in error
     assert "--arg" not in error  # which this command does not have
+
+
+def test_a_fix_is_named_once(folder, capsys):
+    (folder / "remote.py").write_text("from rewards.remote import remote as call\n")
+    assert main(["check", "mine.py"]) == 2
+    assert "mine.py:FUNCTION" in capsys.readouterr().err
+    assert main(["check", "mine.py:absent"]) == 1
+    assert "reward, " not in capsys.readouterr().err  # which the file only imports
+    assert main(["check", "remote.py:call", "servers=x"]) == 1
+    assert capsys.readouterr().err.count("Fix: ") == 1
 
 
 def test_a_reward_that_checks_records_does_not_ask_for_their_columns_as_arguments(folder):

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 from picture_folder import write_scenes
 from PIL import Image
+from rich.text import Text
+from typer.main import get_command
 
-from cli.main import main
+from cli.main import build_app, main
 from common.errors import Interrupted, RunError
 from data.packing import pack
 from recipes import load_recipe
@@ -91,6 +93,19 @@ def test_help_is_quick_lists_every_verb_and_imports_nothing_heavy():
         "doctor",
     ):
         assert f" {verb} " in runs[0].stdout
+
+
+def test_help_loses_no_text_and_breaks_no_line_of_a_terminal():
+    commands = [get_command(build_app())]
+    for command in commands:
+        commands += getattr(command, "commands", {}).values()
+        for parameter in command.params:
+            text = getattr(parameter, "help", None) or ""
+            assert Text.from_markup(text).plain == text, (command.name, parameter.name)
+        for paragraph in (command.help or "").split("\n\n"):
+            lines = paragraph.splitlines()
+            assert len(lines) <= 1 or max(map(len, lines)) <= 78, (command.name, paragraph)
+    assert len(commands) > 20
 
 
 @pytest.mark.parametrize("arguments", [["nonsense"], ["train"], ["ls", "nonsense"], ["sample"]])

@@ -189,6 +189,7 @@ def difference(**facts: float | None) -> Difference:
         ({}, 0.06, "not shown"),
         ({"mean": 0.13}, 0.001, "not shown"),
         ({"low": None, "high": None, "minimum_detectable": None}, 0.001, "not shown"),
+        ({"minimum_detectable": None}, 0.001, "not shown"),
     ],
 )
 def test_verdict_never_says_more_than_the_numbers(facts: dict, p_value: float, code: str) -> None:

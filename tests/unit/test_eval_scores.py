@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 from eval_stand_in import StandInPolicy, toy_suite, without_first
 
+from cli.eval import summary
 from evals.results import load_results
 from evals.run import evaluate
-from evals.suites import SampleScore
+from evals.suites import Metric, SampleScore
 
 
 def test_a_failed_score_is_tried_again_on_the_stored_picture(tmp_path: Path) -> None:
@@ -70,3 +71,35 @@ def test_a_note_of_any_type_tells_why_results_are_not_comparable(tmp_path: Path)
     suite = replace(toy_suite(1), score=lambda image, record: score)
     results = evaluate(StandInPolicy(suite.records, 0), suite, tmp_path / "a", seeds=1, weights="w")
     assert "['mine']" in results["suite"]["not_comparable"]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "overall", "first"),
+    [
+        ((2, 2), "it takes 5 independent prompts", "it takes 5 independent prompts"),
+        ((6, 1), "a task has a single prompt", "amounts are all alike"),
+        ((6, 6), "amounts are all alike", "amounts are all alike"),
+    ],
+)
+def test_a_score_without_an_interval_says_why(
+    tmp_path: Path, sizes: tuple[int, int], overall: str, first: str
+) -> None:
+    records = tuple(
+        {
+            "prompt": f"{task} {i}",
+            "prompt_id": f"{task}{i}",
+            "metadata": {"tag": task, "include": [{"class": "circle", "count": 1}]},
+        }
+        for task, size in zip(("one", "two"), sizes, strict=True)
+        for i in range(size)
+    )
+    suite = replace(
+        toy_suite(1),
+        records=records,
+        metrics={"marks": Metric("Marks", "amount")},
+        score=lambda image, record: SampleScore({"marks": 3.0}, ""),
+    )
+    evaluate(StandInPolicy(records, 0.0), suite, tmp_path / "a", seeds=1, weights="a")
+    lines = summary(load_results(tmp_path / "a").results)
+    assert lines[1].endswith(f"no interval: {overall}")
+    assert lines[2].endswith(f"no interval: {first}")

@@ -253,6 +253,17 @@ def test_the_same_prompt_twice_is_one_fact(tmp_path: Path) -> None:
     assert [record["cluster"] for record in records] == ["a lamp", "a lamp", "a chair"]
 
 
+def test_a_prompt_file_may_be_a_plain_list(tmp_path: Path) -> None:
+    (tmp_path / "bright.py").write_text(CODE)
+    (tmp_path / "rooms.txt").write_text("a lamp\na chair\n\na lamp\n")
+    options = {"prompts": f"{tmp_path}/rooms.txt", "reward": f"{tmp_path}/bright.py:bright"}
+    records = load_suite("prompt-file", options=options).records
+    assert [record["prompt"] for record in records] == ["a lamp", "a chair", "a lamp"]
+    assert {task_of(record) for record in records} == {"rooms"}
+    assert records[0]["cluster"] == records[2]["cluster"]
+    assert len({record["prompt_id"] for record in records}) == 3
+
+
 def judged_by(folder: Path, code: str, prompt: str = "a lamp", **options: str) -> Suite:
     """A suite over folder/rooms.jsonl with the reward in folder/bright.py."""
     folder.mkdir(exist_ok=True)

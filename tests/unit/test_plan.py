@@ -192,6 +192,15 @@ def test_piped_output_is_plain_text(sizes, capsys):
     assert "32 GPUs need rollout.prompts_per_step=32" in text
 
 
+@pytest.mark.parametrize(
+    ("steps", "every", "times"),
+    [(2, 10, 2), (20, 10, 3), (25, 10, 4), (25, 0, 0)],  # before the first step: 0, 10, 20, 25
+)
+def test_evaluations_before_and_after_training_count(capsys, steps, every, times):
+    overrides = [f"train.steps={steps}", f"evals.every={every}"]
+    assert planned(capsys, "geneval-scenes", *overrides)["work"]["evaluations"] == times
+
+
 def test_a_codec_s_rows_are_counted(capsys):
     overrides = ["train.steps=101", "train.unquantized_steps=1"]  # steps 1, 51 and 101
     assert planned(capsys, "base/1-image-tokenizer", *overrides)["files"]["metrics_rows"] == 3

@@ -7,6 +7,7 @@ import pytest
 from eval_stand_in import StandInPolicy, toy_suite
 
 from cli.main import main
+from cli.power import lines
 from common.errors import RunError
 from common.statistics import Components, paired_difference
 from evals.compare import compare
@@ -83,6 +84,18 @@ def test_the_verb_fits_80_columns_and_names_its_assumption(
     row = next(r for r in capsys.readouterr().out.splitlines() if r.startswith("overall"))
     needed = int(row.split()[-1].replace(",", ""))
     assert needed == plan(TASK_SIZES, 8).prompts_needed(0.02)
+
+
+def test_a_task_that_did_not_vary_or_needs_more_than_a_rate_has_shows_no_number() -> None:
+    parts = {"still": Components(0.0, 0.0), "wild": Components(0.6, 0.6)}
+    found = plan({"still": 12, "wild": 5}, 4, parts)
+    # (2.776445 + 0.940965) * sqrt((0.6 + 0.6 / 4) / 5) is 1.44: no rate differs by that
+    assert found.tasks["still"].detectable is None
+    assert found.tasks["wild"].detectable is None
+    marks = plan({"wild": 5}, 4, parts, rates=False)
+    assert marks.tasks["wild"].detectable == pytest.approx(1.4397, rel=1e-4)
+    still = next(row for row in lines("toy", found, [0.05, 0.1]) if row.startswith("still"))
+    assert still.split() == ["still", "12", "-", "-", "-"]
 
 
 def test_the_plan_is_for_the_test_that_is_used() -> None:

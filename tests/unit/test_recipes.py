@@ -256,6 +256,11 @@ rewards:
     assert problems["override", "train.grad_clip"].seen == '"no"'
 
 
+def test_a_value_in_a_list_is_shown_with_the_place_it_comes_from():
+    (problem,) = problems_of("geneval-scenes", ["rewards.functions.0.weight=0"])
+    assert (problem.where, problem.seen) == ("override", "0")
+
+
 @pytest.mark.parametrize(
     ("override", "key", "message"),
     [

@@ -17,6 +17,7 @@ from PIL import Image
 
 from benchmarks.report import write_folder
 from common.errors import RunError
+from evals.compare import compare
 from evals.pages import TEMPLATES
 from evals.recipe_diff import recipe_diff
 from evals.report import build_report, format_signed, gpu_hours, markdown_text
@@ -179,7 +180,14 @@ def test_hours_are_not_told_of_the_later_steps_alone(tmp_path: Path) -> None:
 
 
 def test_one_result_alone(tmp_path: Path) -> None:
-    page = build_report([results(tmp_path / "a")], tmp_path / "out").read_text()
+    suite = toy_suite(60)
+    evaluate(StandInPolicy(suite.records, 0.5), suite, tmp_path / "a", seeds=1, weights="a")
+    page = build_report([tmp_path / "a"], tmp_path / "out").read_text()
+    facts = json.loads((tmp_path / "a" / "results.json").read_text())["overall"]["strict"]
+    interval = f"{100 * facts['low']:.1f}\u2009% to {100 * facts['high']:.1f}\u2009%"
+    assert interval in page
+    assert interval in (tmp_path / "out" / "report.md").read_text()
+    assert "side by side" not in page
     assert "Improved" not in page
     assert "Failed" in page
 
@@ -196,6 +204,20 @@ def test_markdown_of_a_suite_of_one_task_shows_it_once(tmp_path: Path) -> None:
     assert "ounting |" not in text
     assert "limit all" in text
     assert "limit None" not in text
+
+
+def test_a_difference_and_what_could_be_found_have_one_unit(tmp_path: Path) -> None:
+    suite = toy_suite(60)
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        policy = StandInPolicy(suite.records, 0.45 if folder.name == "a" else 0.5)
+        evaluate(policy, suite, folder, seeds=1, weights=folder.name)
+    page = build_report(folders, tmp_path / "out")
+    overall = compare(*folders)["overall"]
+    assert overall["verdict"] == "not shown"
+    told = f"A true difference of {100 * overall['minimum_detectable']:.1f} points would be told"
+    assert told in page.read_text()
+    assert told in page.with_suffix(".md").read_text()
 
 
 def test_every_result_says_whether_it_is_comparable_and_what_is_published(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Rewards that hang, wait or block: what they cost, and that they cost no other reward's score."""
 
 import asyncio
+import gc
 import threading
 import time
 
@@ -204,3 +205,26 @@ def test_closing_leaves_no_thread():
     while threading.active_count() > before and time.monotonic() < deadline:
         time.sleep(0.01)
     assert threading.active_count() == before
+
+
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")
+def test_a_reward_that_stops_its_event_loop_costs_only_its_own_scores():
+    @reward(name="t_stops")
+    def stops(images):
+        asyncio.get_running_loop().stop()
+        return [0.5] * len(images)
+
+    @reward(name="t_stops_and_waits")
+    async def stops_and_waits(images):
+        asyncio.get_running_loop().stop()
+        await asyncio.sleep(1)
+        return [0.5] * len(images)
+
+    specs = [RewardSpec("t_stops", timeout_s=0.1), RewardSpec("t_stops_and_waits", timeout_s=0.1)]
+    with RewardRunner([*specs, RewardSpec("t_steady")], batch_size=3) as runner:
+        for _ in range(2):
+            scored = runner.score(PICTURES, PROMPTS)
+            assert parts(scored, "t_stops_and_waits") == [None] * 6
+            assert parts(scored, "t_steady") == [0, 1, 2, 3, 4, 5]
+        time.sleep(0.05)  # the loop that stopped is closed by now
+    gc.collect()  # what was never awaited is told here, not in another test

@@ -17,7 +17,10 @@ from common.errors import RewardError
 from rewards import Score, load_reward, reward
 from rewards.cache import ScoreCache, reward_identity, score_key
 from rewards.contract import RewardFunction, Traits
+from rewards.hosting import CLOSED, Call
+from rewards.outcomes import Patience
 from rewards.runner import RewardRunner, RewardSpec
+from rewards.workers import WorkerHost
 
 FILE = '''
 import os, signal, sys, time
@@ -181,6 +184,19 @@ def test_ctrl_c_does_not_wait_for_a_reward_that_hangs(tmp_path, request, workers
     runner.close()
     assert time.perf_counter() - started < 5
     (tmp_path / "called").unlink()  # lets the thread end
+
+
+def test_closing_ends_a_process_that_is_just_being_started(file):
+    """`close` may come between the start and the moment from which there is something to kill."""
+    use = f"{file}:odd"
+    host = WorkerHost(load_reward(use), use, 30.0, 1)
+    host._workers[0].kill()  # as in `close`, before there is a process
+    call = Call(pictures(1), ["hang"], {})
+    started = time.perf_counter()
+    assert host.run([call], Patience(2)) == [CLOSED]
+    assert time.perf_counter() - started < 10
+    host.close()
+    assert not multiprocessing.active_children()
 
 
 def test_one_picture_on_which_a_reward_hangs_costs_only_its_own_score(file):

@@ -134,6 +134,9 @@ def test_wrong_lists_are_explained(folder, text, word):
         image_records(folder / "bad.jsonl")
     with pytest.raises(DataError, match="no such"):
         image_records(folder / "gone")
+    paint(folder / "alone.png")
+    with pytest.raises(DataError, match="give the folder"):
+        image_records(folder / "alone.png")
 
 
 # --- the command ----------------------------------------------------------------------------------
@@ -257,6 +260,8 @@ def test_wrong_use(pictures, folder, capsys):
     assert main(["score", "pics", "-r", "ocr"]) == 1  # p0 quotes no text
     assert "0.png" in capsys.readouterr().err
     assert main(["score", "pics", "-r", "mine.py:sen"]) == 1
+    assert main(["score", "pics", "-r", "clip_score"]) == 1
+    assert "--arg clip_score.weights=VALUE" in capsys.readouterr().err
     assert not (folder / "scores").exists()
 
 

@@ -1,5 +1,7 @@
 """What tells one score from another in the cache."""
 
+import os
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -7,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from common.errors import RewardError
 from rewards.cache import image_digest, score_key
 from rewards.plugins import load_reward
 from rewards.source import source_code
@@ -98,6 +101,23 @@ def test_a_linked_file_belongs_to_the_folder_of_the_link(tmp_path: Path) -> None
     assert source_code(function) == before
     (tmp_path / "mine" / "other.py").write_text("")
     assert source_code(function) != before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are bytes on Linux alone")
+def test_a_file_beside_a_reward_may_have_any_name(tmp_path: Path) -> None:
+    (tmp_path / "good.py").write_text(GOOD)
+    function = load_reward(f"{tmp_path}/good.py:good").function
+    (tmp_path / os.fsdecode(b"\xff.py")).write_text("")
+    assert source_code(function) == GOOD.encode() + b"\0\xff.py\0"
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs Linux's /proc")
+def test_a_file_beside_a_reward_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "good.py").write_text(GOOD)
+    function = load_reward(f"{tmp_path}/good.py:good").function
+    (tmp_path / "locked.py").symlink_to("/proc/self/mem")  # not even root reads its first page
+    with pytest.raises(RewardError, match=r"locked\.py cannot be read"):
+        source_code(function)
 
 
 def test_a_single_module_of_site_packages_counts_alone() -> None:

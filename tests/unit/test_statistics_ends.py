@@ -43,9 +43,11 @@ def test_scores_near_0_and_1_cover_the_truth(prompts: int, amounts: bool) -> Non
     assert covered / 200 >= 0.90
 
 
-def test_what_could_be_detected_lies_in_the_range() -> None:
+def test_five_prompts_that_agree_can_find_no_difference_of_rates() -> None:
+    """The sign-flip test of five prompts cannot give p < 0.05, even for a difference of 1."""
     found = paired_difference([0.0] * 5, [1.0] * 5, range(5))
-    assert found.minimum_detectable == 1.0
+    assert found.p_value == 2 / 2**5
+    assert found.minimum_detectable is None
 
 
 @pytest.mark.parametrize("amount", [0.0, 1.0, 3.0])
