@@ -46,9 +46,10 @@ def register(app: typer.Typer) -> None:
             progress.start("card", None)
             if given:
                 check_hashes(given, _hashes(folder, {number_format(result) for result in given}))
-            recipe = recipe_of(folder)
+            place = folder.resolve()  # "." has no name and no parent
+            recipe = recipe_of(place)
             facts = PolicyFacts(
-                name=name or (folder.parent.name if recipe else folder.name),
+                name=name or (place.parent.name if recipe else place.name),
                 image_size=config.image_size,
                 num_tokens=config.num_tokens,
                 edits=config.edit_template is not None,

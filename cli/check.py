@@ -38,6 +38,7 @@ def register(app: typer.Typer) -> None:
         from recipes import load_recipe
         from recipes.locate import located
         from rl.preflight import (
+            check_compiler,
             check_replay,
             check_replayed_rewards,
             check_save_to,
@@ -61,6 +62,7 @@ def register(app: typer.Typer) -> None:
             _print_tree(loaded)
         if loaded.recipe.kind in ("grpo", "pretrain"):
             check_trackers(loaded.recipe)
+            check_compiler(loaded.recipe)
         if loaded.recipe.kind == "grpo":
             found = located(loaded.recipe, loaded.files)
             check_save_to(found)

@@ -16,6 +16,8 @@ NO_SIGNAL = 0.9
 """Share of groups whose members all got the same reward: such a group teaches nothing."""
 MISMATCH = 0.5
 """Nats between the engine's and the trainer's log-prob of a token; bfloat16 explains about 0.1."""
+MISMATCH_ROUNDED = 2.0
+"""The same where vLLM keeps keys and values in 8 bits: docs/rollouts.md has what was measured."""
 RATIO_OFF = 0.1
 """Distance of the mean importance ratio from 1, its value when both hold the same weights and
 nothing is truncated."""
@@ -91,11 +93,9 @@ def _no_signal(steps: Sequence[Row], groups: int | None) -> str | None:
 def _apart(newest: Row, kept: float, rounded: bool) -> str | None:
     mismatch, ratio = newest.get("logprob_mismatch_max"), newest.get("importance_ratio_mean")
     # The trainer's softmax is whole: of a truncated one, the ratio is what truncation kept.
-    allowed = MISMATCH + (-log(kept) if kept else inf)
-    # With a policy lag they differ by an update, with a rounded cache by its rounding, both on
-    # purpose; then only the mean ratio tells.
-    on_purpose = rounded or newest.get("policy_lag")
-    if mismatch is not None and mismatch > allowed and not on_purpose:
+    allowed = (MISMATCH_ROUNDED if rounded else MISMATCH) + (-log(kept) if kept else inf)
+    # With a policy lag they differ by an update, on purpose; then only the mean ratio tells.
+    if mismatch is not None and mismatch > allowed and not newest.get("policy_lag"):
         return f"engine and trainer differ by {mismatch:.2f} nats on a token: stop and check"
     if ratio is not None and not kept - RATIO_OFF <= ratio <= 1 + RATIO_OFF:
         return f"the mean importance ratio is {ratio:.2f}: engine and trainer have parted"

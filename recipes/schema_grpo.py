@@ -306,7 +306,8 @@ class GrpoRecipe(Header):
                 "With a cache in 8 bits vLLM samples from a law a little beside the trainer's.",
                 "set algorithm.importance_cap, such as 2.0, or this to auto.",
             )
-        if self.rollout.vllm.sleep and (self.rollout.waves > 1 or self.rollout.max_policy_lag):
+        busy = self.rollout.waves > 1 or self.rollout.max_policy_lag
+        if self.rollout.engine == "vllm" and self.rollout.vllm.sleep and busy:
             raise cross_error(
                 "rollout.vllm.sleep",
                 "With waves or a policy lag vLLM samples while others need its memory.",

@@ -78,11 +78,12 @@ class JournalCallback(TrainerCallback):
         row |= self._details() | self._missing()
         row["samples"] = self._samples()
         row |= self._times()
-        for event in self._events:
+        events = list(self._events)
+        for event in events:
             self.journal.write(event | {"step": state.global_step})
             told = ", ".join(f"{key} {value}" for key, value in event.items() if key != "event")
             self.progress.line(f"step {state.global_step}: {event['event']} ({told})")
-        self._events.clear()
+        del self._events[: len(events)]  # a draw ahead may have told more meanwhile
         self.journal.write(row)
         facts = {"reward": _rounded(row["reward"]) or "-", "strict": _rounded(row.get("strict"))}
         self.progress.advance("train", 1, **{k: v for k, v in facts.items() if v is not None})

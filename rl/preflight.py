@@ -4,6 +4,7 @@ import os
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from shutil import which
 
 from common.errors import RecipeError, RunError
 from common.registry import nearest
@@ -25,6 +26,20 @@ def check_trackers(recipe: GrpoRecipe | PretrainRecipe) -> None:
                 f"log.trackers: {tracker} is not installed.\n"
                 f"    Fix: pip install {tracker}, or leave it out of log.trackers."
             )
+
+
+def check_compiler(recipe: GrpoRecipe | PretrainRecipe) -> None:
+    """Raise RunError if the recipe wants something compiled and torch's compiler is missing."""
+    if isinstance(recipe, GrpoRecipe):
+        key, asked = "decode.compile", recipe.decode.compile
+    else:
+        key, asked = "train.compile", recipe.train.compile
+    compiler = os.environ.get("CXX", "g++")
+    if asked and which(compiler) is None:
+        raise RunError(
+            f"{key} needs a C++ compiler, and there is no {compiler}.\n"
+            f"    Fix: install it, or set {key}=false."
+        )
 
 
 def check_launch(deepspeed: str | None) -> None:

@@ -34,6 +34,7 @@ from rl.devices import note_devices, training_device, use_one_gpu
 from rl.grpo import ImageGRPOTrainer, Sync
 from rl.lora import lora_config
 from rl.preflight import (
+    check_compiler,
     check_launch,
     check_replay,
     check_replayed_rewards,
@@ -95,6 +96,7 @@ def _run(
     if not main:
         progress = SilentProgress()
     check_trackers(recipe)
+    check_compiler(recipe)
     check_launch(recipe.train.deepspeed)
     check_replay(recipe, process_count())
     check_processes(recipe, process_count())

@@ -102,6 +102,8 @@ def check_judges(folder: Path, rewards: Sequence[str]) -> None:
 def _read(folder: Path, step: int = 0, process: int = 0) -> dict[str, Any]:
     with _refused(samples_file(folder, step, process)) as file:
         saved: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(saved, dict) or "samples" not in saved:
+            raise ValueError("it does not hold the samples of a step")
     if not saved.keys() >= {"processes", "sampling", "policy_lag"}:
         raise RunError(
             f"the rollouts of {folder} do not say how they were sampled: an earlier version saved "

@@ -37,6 +37,9 @@ _ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
 }
 
+_CACHE_TOO_SMALL = ("memory for the cache blocks", "available KV cache memory")
+"""What vLLM says of a cache without room for a block, and for the longest sequence."""
+
 
 class VllmEngine:
     """Samples with vLLM from an AR folder (`POLICY/ar`), on the CPU or one GPU.
@@ -301,7 +304,7 @@ def _start(ar_folder: Path, **settings: Any) -> Any:
         try:
             return vllm.LLM(logging_config=LoggingConfig(log_level="ERROR"), **settings)
         except ValueError as error:
-            if "cache" not in str(error):
+            if not any(words in str(error) for words in _CACHE_TOO_SMALL):
                 raise
             told = str(error).split(" Try ")[0]  # it advises settings of its own
             fix = "raise rollout.vllm.cache_gib."

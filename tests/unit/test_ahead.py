@@ -265,3 +265,5 @@ def test_a_lag_is_no_alarm():
     assert "engine" in alarms([row], [])
     assert "engine" not in alarms([row | {"policy_lag": 1}], [])
     assert "engine" in alarms([row | {"policy_lag": 1, "importance_ratio_mean": 1.3}], [])
+    assert "engine" not in alarms([row | {"logprob_mismatch_max": 1.2}], [], rounded=True)
+    assert "engine" in alarms([row | {"logprob_mismatch_max": 10}], [], rounded=True)

@@ -77,6 +77,15 @@ def test_a_policy_that_lies_beside_some_recipe_was_not_trained_by_it(run: Path) 
     assert RECIPE not in card.content
 
 
+def test_a_card_is_made_from_inside_of_the_folder(run: Path, monkeypatch) -> None:
+    for inside in (run, run / "policy"):
+        monkeypatch.chdir(inside)
+        assert main(["card", "."]) == 0
+        card = ModelCard.load(run / "policy" / "README.md")
+        assert card.data.model_name == "demo"
+        assert "seed: 3" in card.text
+
+
 def test_results_of_another_policy_are_refused(run: Path, tmp_path: Path, capsys) -> None:
     other = evaluated(tmp_path / "other", "0" * 32)
     assert main(["card", str(run), str(other)]) == 1

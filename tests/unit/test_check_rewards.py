@@ -197,12 +197,14 @@ def test_a_reward_of_whole_steps_in_a_recipe_that_divides_them(folder, capsys, o
     [
         ("rollout.replay=nothing-here", "nothing-here holds the rollouts of 0 steps"),
         ("log.trackers=[wandb]", "wandb is not installed. Fix: pip install wandb"),
+        ("decode.compile=true", "there is no no-cxx. Fix: install it, or set decode.compile=false"),
     ],
 )
 def test_what_is_not_there_is_told_before_anything_is_loaded(
     folder, capsys, monkeypatch, verb, override, words
 ):
     monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not there, where it is
+    monkeypatch.setenv("CXX", "no-cxx")
     (folder / "mine.yaml").write_text(RECIPE % ("scenes", "{use: geneval}"))
     assert main([verb, "mine.yaml", "policy.path=no-policy", override]) == 1
     said = " ".join(capsys.readouterr().err.split())

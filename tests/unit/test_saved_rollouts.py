@@ -72,6 +72,16 @@ def test_a_damaged_file_of_any_step_is_told_before_the_run(tmp_path, policy_fold
         check_saved(folder, recipe, 1)
 
 
+@pytest.mark.parametrize("text", ["[1]", '{"processes": 1, "sampling": {}, "policy_lag": null}'])
+def test_a_file_of_something_else_is_told_before_the_run(tmp_path, policy_folder, text):
+    recipe = load_recipe(str(write_recipe(tmp_path, policy_folder)), ["train.steps=1"]).recipe
+    prompts = [r["prompt"] for r in records_of_run(recipe) for _ in range(4)]
+    saved(tmp_path / "saved", [{"red": 0.5}] * 16, 0, prompts)
+    (tmp_path / "saved" / "step-000000-0" / "samples.json").write_text(text)
+    with pytest.raises(RunError, match=r"samples\.json cannot be read: it does not hold"):
+        check_saved(tmp_path / "saved", recipe, 1)
+
+
 def test_a_file_is_no_folder_to_save_rollouts_to(tmp_path):
     (tmp_path / "notes").write_text("")
     for folder in (tmp_path / "notes", tmp_path / "notes" / "deeper"):
