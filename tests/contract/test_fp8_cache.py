@@ -48,6 +48,8 @@ class EightBits(DynamicCache):
 
 @pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def engine(request, tmp_path_factory) -> Iterator[VllmEngine]:
+    if not torch.cpu._is_avx512_supported():
+        pytest.skip("vLLM's kernel for keys and values in 8 bits needs AVX-512")
     folder = tmp_path_factory.mktemp("ar")
     tiny_qwen3().save_pretrained(folder)
     engine = VllmEngine(
@@ -95,7 +97,7 @@ def test_samples_are_image_tokens_and_their_logprobs_those_of_rounded_keys_and_v
     if engine.dtype == torch.float32:
         assert rounded.max() < 0.01  # where a value lies between two, the last bit decides
         assert rounded.mean() < 1e-4
-    else:
+    elif not torch.cpu._is_amx_tile_supported():  # its kernel for bfloat16 was never seen
         assert rounded.mean() < beside.mean() / 2
 
 
