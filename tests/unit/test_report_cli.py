@@ -89,6 +89,7 @@ def test_ctrl_c_does_not_wait_for_a_judge_that_hangs(stand_in: Path) -> None:
     prompt = load_suite("geneval-scenes").records[0]["prompt"]
     Path("prompts.jsonl").write_text(json.dumps({"prompt": prompt}))
     options = ["prompts=prompts.jsonl", "reward=judge.py:hangs"]
+    threads = set(threading.enumerate())
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     started = time.monotonic()
     try:
@@ -97,7 +98,8 @@ def test_ctrl_c_does_not_wait_for_a_judge_that_hangs(stand_in: Path) -> None:
         signal.signal(signal.SIGINT, before)
     assert time.monotonic() - started < 20
     # Of these the interpreter would wait at its end.
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("reward_")]
+    new = set(threading.enumerate()) - threads
+    assert not [thread for thread in new if thread.name.startswith("reward_")]
 
 
 def test_report_of_nothing_names_the_folder(
