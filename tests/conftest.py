@@ -1,5 +1,7 @@
 """Fixtures and rules for every test."""
 
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +32,15 @@ def policy(policy_folder: Path) -> "Policy":
     from policy import Policy
 
     return Policy.from_pretrained(policy_folder)
+
+
+@pytest.fixture
+def sigint_heard() -> Iterator[None]:
+    """SIGINT is a KeyboardInterrupt, also where a shell started the tests in the background: Python
+    finds it ignored there, and leaves it so."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 """The verbs `eval` and `report` as a user types them."""
 
 import json
-import signal
 import sys
 import threading
 import time
@@ -84,18 +83,15 @@ def hangs(images, prompts):
 """
 
 
+@pytest.mark.usefixtures("sigint_heard")
 def test_ctrl_c_does_not_wait_for_a_judge_that_hangs(stand_in: Path) -> None:
     Path("judge.py").write_text(HANGS)
     prompt = load_suite("geneval-scenes").records[0]["prompt"]
     Path("prompts.jsonl").write_text(json.dumps({"prompt": prompt}))
     options = ["prompts=prompts.jsonl", "reward=judge.py:hangs"]
     threads = set(threading.enumerate())
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     started = time.monotonic()
-    try:
-        assert main(["eval", str(stand_in), *options, "--suite", "prompt-file"]) == 130
-    finally:
-        signal.signal(signal.SIGINT, before)
+    assert main(["eval", str(stand_in), *options, "--suite", "prompt-file"]) == 130
     assert time.monotonic() - started < 20
     # Of these the interpreter would wait at its end.
     new = set(threading.enumerate()) - threads

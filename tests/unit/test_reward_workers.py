@@ -163,11 +163,9 @@ def test_interrupting_the_run_leaves_its_processes_alone(file):
         assert again.details["odd"]["pid"] == pid
 
 
+@pytest.mark.usefixtures("sigint_heard")
 @pytest.mark.parametrize("workers", [0, 1])
-def test_ctrl_c_does_not_wait_for_a_reward_that_hangs(tmp_path, request, workers):
-    # Started in the background by a shell, Python finds SIGINT ignored and leaves it so.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
+def test_ctrl_c_does_not_wait_for_a_reward_that_hangs(tmp_path, workers):
     (tmp_path / "stuck.py").write_text(STUCK)
     spec = RewardSpec(f"{tmp_path}/stuck.py:stuck", timeout_s=60, workers=workers)
     runner = RewardRunner([spec])
