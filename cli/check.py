@@ -38,11 +38,10 @@ def register(app: typer.Typer) -> None:
         from recipes import load_recipe
         from recipes.locate import located
         from rl.preflight import (
-            check_compiler,
+            check_installed,
             check_replay,
             check_replayed_rewards,
             check_save_to,
-            check_trackers,
             check_whole_batch,
         )
 
@@ -61,8 +60,7 @@ def register(app: typer.Typer) -> None:
         if not as_json:
             _print_tree(loaded)
         if loaded.recipe.kind in ("grpo", "pretrain"):
-            check_trackers(loaded.recipe)
-            check_compiler(loaded.recipe)
+            check_installed(loaded.recipe)
         if loaded.recipe.kind == "grpo":
             found = located(loaded.recipe, loaded.files)
             check_save_to(found)

@@ -17,7 +17,8 @@ NO_SIGNAL = 0.9
 MISMATCH = 0.5
 """Nats between the engine's and the trainer's log-prob of a token; bfloat16 explains about 0.1."""
 MISMATCH_ROUNDED = 2.0
-"""The same where vLLM keeps keys and values in 8 bits: docs/rollouts.md has what was measured."""
+"""The same where vLLM keeps keys and values in 8 bits, whatever the policy's format. Measured over
+1,152 tokens each: 0.32 with the shipped base, 1.22 with random weights of the sharpest softmax."""
 RATIO_OFF = 0.1
 """Distance of the mean importance ratio from 1, its value when both hold the same weights and
 nothing is truncated."""

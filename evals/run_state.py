@@ -87,7 +87,7 @@ def read_run(run_dir: Path, now: float) -> RunState:
     if recipe.kind == "grpo":
         groups = recipe.rollout.prompts_per_step
         kept = 0.0 if recipe.rollout.top_k else recipe.rollout.top_p
-        rounded = recipe.rollout.engine == "vllm" and recipe.rollout.vllm.cache_dtype == "fp8"
+        rounded = recipe.rollout.rounds_cache
     state = RunState(
         run_dir,
         recipe.name,

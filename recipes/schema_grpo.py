@@ -296,11 +296,7 @@ class GrpoRecipe(Header):
                 "Samples of older weights need the per-token correction.",
                 "set algorithm.importance_cap, such as 2.0, or this to 0.",
             )
-        if (
-            self.rollout.engine == "vllm"
-            and self.rollout.vllm.cache_dtype == "fp8"
-            and self.algorithm.importance_cap is None
-        ):
+        if self.rollout.rounds_cache and self.algorithm.importance_cap is None:
             raise cross_error(
                 "rollout.vllm.cache_dtype",
                 "With a cache in 8 bits vLLM samples from a law a little beside the trainer's.",

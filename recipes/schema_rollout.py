@@ -141,6 +141,11 @@ class RolloutSection(Section):
         float, Field(gt=0, le=1, description="Sample from this much probability; 1 = from all.")
     ] = 1.0
 
+    @property
+    def rounds_cache(self) -> bool:
+        """Whether the engine keeps keys and values in 8 bits, beside the trainer's law."""
+        return self.engine == "vllm" and self.vllm.cache_dtype == "fp8"
+
 
 NoiseLevel = Annotated[float, Field(ge=0, le=1)]
 

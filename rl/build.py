@@ -30,7 +30,7 @@ from rl.checkpoints import (
     step_of,
 )
 from rl.codecs import scene_pixels, train_autoencoder, train_image_tokenizer
-from rl.preflight import check_compiler, check_launch, check_trackers
+from rl.preflight import check_installed, check_launch
 from rl.pretrain import pretrain, task_weights
 from rl.provenance import with_stage
 from rl.start_policy import export_policy, load_start
@@ -137,8 +137,7 @@ def _pretrain(
     main = is_main_process()
     if not main:
         progress = SilentProgress()
-    check_trackers(recipe)
-    check_compiler(recipe)
+    check_installed(recipe)
     check_launch(recipe.train.deepspeed)
     done = None if checkpoint is None else step_of(checkpoint)
     with quiet_libraries(), RunLog(recipe, run_dir, progress, lock, done) as log:

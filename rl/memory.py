@@ -170,7 +170,7 @@ def vllm_pictures(recipe: GrpoRecipe, anatomy: Anatomy) -> int:
     """Return how many pictures vLLM's cache holds at the same time."""
     length = anatomy.prompt_tokens + anatomy.num_tokens
     cache = int(recipe.rollout.vllm.cache_gib * 2**30)
-    width = 1 if recipe.rollout.vllm.cache_dtype == "fp8" else width_of(recipe)
+    width = 1 if recipe.rollout.rounds_cache else width_of(recipe)
     return cache // (length * cache_per_token(anatomy.parts["ar"], width))
 
 

@@ -18,23 +18,19 @@ _TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX")}
 """Packages of which one is needed, where the tracker is not called as its package."""
 
 
-def check_trackers(recipe: GrpoRecipe | PretrainRecipe) -> None:
-    """Raise RunError unless every tracker of the recipe is installed."""
+def check_installed(recipe: GrpoRecipe | PretrainRecipe) -> None:
+    """Raise RunError unless the recipe's trackers are there, and a compiler if it wants one."""
     for tracker in recipe.log.trackers:
         if not any(find_spec(package) for package in _TRACKERS.get(tracker, (tracker,))):
             raise RunError(
                 f"log.trackers: {tracker} is not installed.\n"
                 f"    Fix: pip install {tracker}, or leave it out of log.trackers."
             )
-
-
-def check_compiler(recipe: GrpoRecipe | PretrainRecipe) -> None:
-    """Raise RunError if the recipe wants something compiled and torch's compiler is missing."""
     if isinstance(recipe, GrpoRecipe):
         key, asked = "decode.compile", recipe.decode.compile
     else:
         key, asked = "train.compile", recipe.train.compile
-    compiler = os.environ.get("CXX", "g++")
+    compiler = os.environ.get("CXX", "g++")  # torch's choice
     if asked and which(compiler) is None:
         raise RunError(
             f"{key} needs a C++ compiler, and there is no {compiler}.\n"
