@@ -72,6 +72,13 @@ class VllmSection(Section):
             "host memory, the cache is dropped."
         ),
     ] = False
+    weight_transfer: Annotated[
+        Literal["ray", "nccl", "ipc"],
+        Field(
+            description="How weights reach workers: through Ray's object store, or vLLM's own ways "
+            "from GPU to GPU (nccl), or on the trainer's GPU (ipc)."
+        ),
+    ] = "ray"
 
 
 class RolloutSection(Section):
@@ -140,6 +147,32 @@ class RolloutSection(Section):
     top_p: Annotated[
         float, Field(gt=0, le=1, description="Sample from this much probability; 1 = from all.")
     ] = 1.0
+
+    @model_validator(mode="after")
+    def _transfers_to_workers(self) -> Self:
+        gpus = self.ray.gpus_per_worker
+        if self.transfer and (
+            not self.workers or not gpus or (self.transfer == "nccl" and gpus < 1)
+        ):
+            where = "each on one of its own" if self.transfer == "nccl" else "that of the trainer"
+            raise cross_error(
+                "vllm.weight_transfer",
+                f"{self.transfer} is for workers on GPUs, {where}.",
+                "set rollout.workers and rollout.ray.gpus_per_worker, or this to ray.",
+            )
+        if self.transfer and (self.max_policy_lag or self.lora_sync == "adapter"):
+            raise cross_error(
+                "vllm.weight_transfer",
+                f"{self.transfer} sends the trainer's whole weights, as they are after the update.",
+                "set rollout.max_policy_lag to 0 and rollout.lora_sync to merged, or this to ray.",
+            )
+        return self
+
+    @property
+    def transfer(self) -> Literal["nccl", "ipc"] | None:
+        """By which of vLLM's own ways weights reach workers; None: by another one."""
+        way = self.vllm.weight_transfer
+        return None if self.engine != "vllm" or way == "ray" else way
 
     @property
     def rounds_cache(self) -> bool:

@@ -122,6 +122,8 @@ def _resident(recipe: GrpoRecipe, anatomy: Anatomy, sharding: Sharding, own: int
     }
     if recipe.algorithm.beta and lora is None:
         resident["KL reference"] = counts["ar"] * width
+    if lora and recipe.rollout.transfer:
+        resident["merged weights, sent"] = counts["ar"] * width  # kept for who comes later
     return resident if recipe.rollout.vllm.sleep else resident | _vllm(recipe, anatomy)
 
 

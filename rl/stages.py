@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from common.errors import RunError
 from policy import Policy, policy_path
 from recipes.schema_grpo import GrpoRecipe
 from recipes.schema_rollout import WorkerSection
@@ -136,6 +137,11 @@ def build_engine(
     # A replay samples for the held-out evaluation alone.
     if (rollout.engine == "transformers" and place is None) or rollout.replay:
         return TransformersEngine(policy.ar, *images, config.pad_id, events=told.events)
+    if rollout.transfer and policy.ar.device.type != "cuda":
+        raise RunError(
+            f"rollout.vllm.weight_transfer: {rollout.transfer} sends from GPU to GPU, and the "
+            "trainer runs on the CPU.\n    Fix: rollout.vllm.weight_transfer=ray"
+        )
     spec = EngineSpec(
         rollout.engine,
         str(policy_path(recipe.policy.path) / "ar"),
@@ -149,10 +155,11 @@ def build_engine(
         rollout.vllm.compile,
         rollout.vllm.cache_dtype,
         rollout.vllm.sleep,
+        rollout.transfer,
     )
     if place is None:
         return spec.build(told.events)
-    return RayPool(spec.build, place, policy.ar.dtype, told.events, told.busy)
+    return RayPool(spec.build, place, policy.ar.dtype, told.events, told.busy, rollout.transfer)
 
 
 def adapter_rank(recipe: GrpoRecipe) -> int | None:

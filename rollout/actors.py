@@ -12,7 +12,7 @@ from __future__ import annotations
 import heapq
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from common.errors import RunError
@@ -33,6 +33,7 @@ class ActorPool:
         placement: how many, and where.
         events: where each loss is noted.
         busy: where is noted when each actor was at work, as this process saw it.
+        on_loss: called when an actor was lost and another is started in its place.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class ActorPool:
         placement: Placement,
         events: Events | None = None,
         busy: list[Interval] | None = None,
+        on_loss: Callable[[], None] = lambda: None,
     ) -> None:
         import ray
 
@@ -49,6 +51,7 @@ class ActorPool:
         self._placement = placement
         self._events = [] if events is None else events
         self._busy = [] if busy is None else busy
+        self._on_loss = on_loss
         self.replaced = 0
         """Actors that were lost and replaced since the start."""
         self._failed_starts: Counter[int] = Counter()  # in a row
@@ -95,6 +98,17 @@ class ActorPool:
             everyone = [arguments] * max(1, len(self._free))
             results = self._call(method, everyone, losses, again=False)
         return list(results.values())
+
+    def present(self) -> list[Any]:
+        """Return the handles of the actors that are ready; those that became it are taken in."""
+        import ray
+
+        while self._starting:
+            ready, _ = ray.wait(list(self._starting), timeout=0)
+            if not ready:
+                break
+            self._join(ready[0])
+        return [self.handles[number] for number in sorted(self._free)]
 
     def close(self) -> None:
         """End the actors."""
@@ -237,6 +251,7 @@ class ActorPool:
             return
         self.replaced += 1
         self.handles[number] = self._new(number)
+        self._on_loss()
 
     def _too_many(self, number: int, during: str, error: Exception) -> RunError:
         return RunError(

@@ -32,7 +32,8 @@ class EngineSpec:
     compile_model: bool = False
     cache_dtype: Literal["auto", "fp8"] = "auto"
     sleep: bool = False
-    """These four are vLLM's."""
+    weight_transfer: Literal["nccl", "ipc"] | None = None
+    """These five are vLLM's."""
 
     def build(self, events: Events) -> Engine:
         """Load the weights and start the engine in this process; `events`: where it tells halvings.
@@ -54,6 +55,7 @@ class EngineSpec:
                 cache_dtype=self.cache_dtype,
                 sleep=self.sleep,
                 lora_rank=self.lora_rank,
+                weight_transfer=self.weight_transfer,
             )
         from transformers import Qwen3ForCausalLM
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from rollout.cluster import Placement
 from rollout.engine import Engine, RolloutBatch, WeightMismatch, check_request
 from rollout.micro_batch import Events
 from rollout.timeline import Interval
+from rollout.weight_transfer import WeightTransfer
 from rollout.weights import as_mapping
 
 
@@ -28,7 +29,8 @@ class Push:
     """Weights that were pushed: the how many-th push of the run, and at which step.
 
     `packed` holds a reference into Ray's object store; in a list, or Ray would fetch the weights
-    for every call. `fingerprint` is what all actors that were asked were seen to hold afterwards.
+    for every call; vLLM's weight transfer leaves it empty until someone needs it. `fingerprint` is
+    what all actors that were asked were seen to hold afterwards.
     """
 
     number: int
@@ -47,6 +49,7 @@ class RayPool:
         dtype: type in which the engines hold their weights.
         events: where each loss is noted and what the engines tell; `busy`: when each actor was at
             work.
+        weight_transfer: vLLM's own way for weights; None: Ray's object store.
     """
 
     def __init__(
@@ -56,12 +59,19 @@ class RayPool:
         dtype: torch.dtype,
         events: Events | None = None,
         busy: list[Interval] | None = None,
+        weight_transfer: Literal["nccl", "ipc"] | None = None,
     ) -> None:
         self._dtype = dtype
         self._push: Push | None = None
+        self._pushed: dict[str, Tensor] = {}
+        self._transfer = (
+            WeightTransfer(weight_transfer, dtype, placement.timeout_s) if weight_transfer else None
+        )
         self._events = [] if events is None else events
         arguments = (build, placement.threads)
-        self.actors = ActorPool(SamplingActor, arguments, placement, self._events, busy)
+        self.actors = ActorPool(
+            SamplingActor, arguments, placement, self._events, busy, self._store
+        )
         self._workers = placement.workers
 
     @property
@@ -94,13 +104,32 @@ class RayPool:
         )
 
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], step: int) -> None:
-        """See `Engine`. The tensors are stored once; every actor reads them from there."""
+        """See `Engine`. In Ray's object store the tensors are stored once, and all read them there.
+
+        vLLM's weight transfer brings them to those that are there; who comes later reads them from
+        the store, where they are put only then.
+        """
+        self._pushed = as_mapping(named_tensors)
+        number = self._push.number + 1 if self._push else 1
+        self._push = Push(number, step, [])
+        reached = 0
+        if self._transfer:
+            self.actors.on_all("catch_up", None)  # are they all there?
+            present = self.actors.present()
+            self._transfer.send(present, self._pushed, self._push)
+            reached = len(present)
+        if reached < self._workers:
+            self._store()
+        self.actors.on_all("catch_up", self._push)
+
+    def _store(self) -> None:
+        """Put the weights of the last push where every worker can read them."""
         import ray
 
-        packed = {name: _pack(tensor) for name, tensor in as_mapping(named_tensors).items()}
-        number = self._push.number + 1 if self._push else 1
-        self._push = Push(number, step, [ray.put(packed)])
-        self.actors.on_all("catch_up", self._push)
+        if self._push is not None and not self._push.packed:
+            packed = {name: _pack(tensor) for name, tensor in self._pushed.items()}
+            self._push.packed.append(ray.put(packed))
+            self._pushed = {}
 
     def fingerprint(self) -> str:
         """See `Engine`. Raises `WeightMismatch` if the actors differ."""
@@ -117,6 +146,8 @@ class RayPool:
 
     def close(self) -> None:
         """See `Engine`."""
+        if self._transfer:
+            self._transfer.close()
         self.actors.close()
 
 
@@ -165,6 +196,15 @@ class SamplingActor:
         batch = self.engine.generate(prompt_ids, n, sampling, seeds)
         told, self.events[:] = list(self.events), []
         return batch, told
+
+    def transfer(self, call: str, argument: Any) -> None:
+        """See `VllmEngine.transfer`."""
+        self.engine.transfer(call, argument)  # type: ignore[attr-defined]
+
+    def transferred(self, push: Push) -> None:
+        """Compute with what was received."""
+        self.transfer("finish", push.step)
+        self.loaded = push.number
 
     def fingerprint(self, push: Push | None) -> str:
         """See `Engine`."""

@@ -1,44 +1,23 @@
-"""vLLM in this process, as a sampler of image tokens.
-
-vLLM changes the process that it starts in: environment variables that child processes inherit (an
-LD_PRELOAD among them), the global random states, `torch.set_num_threads`. The constructor puts all
-of that back, so that the trainer beside it computes what it would compute alone.
-"""
+"""vLLM in this process, as a sampler of image tokens."""
 
 from __future__ import annotations
 
-import json
-import logging
-import os
-import random
-import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from common.errors import PolicyError, RunError
-from common.heavy import prepare_torchvision
 from policy.sampling import Sampling
 from rollout.engine import RolloutBatch, WeightMismatch, check_request, fingerprint_tensors
 from rollout.vllm_adapter import adapter_settings, read_adapter, swap_adapter
+from rollout.vllm_process import process_untouched, random_states_kept, start_llm
 from rollout.vllm_weights import read_weights, repack_tied_head
 from rollout.weights import as_mapping, check_names
-
-# vLLM's own variables, read while it is imported and started.
-_ENVIRONMENT = {
-    # The engine core runs in this process: weights are pushed as tensors, not through a socket.
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_NO_USAGE_STATS": "1",
-}
-
-_CACHE_TOO_SMALL = ("memory for the cache blocks", "available KV cache memory")
-"""What vLLM says of a cache without room for a block, and for the longest sequence."""
 
 
 class VllmEngine:
@@ -61,6 +40,7 @@ class VllmEngine:
         threads: threads of torch's pool while sampling; None leaves the process's setting.
         lora_rank: rank of the adapter that pushes consist of, beside the base in `ar_folder`; None:
             pushes are whole models.
+        weight_transfer: vLLM's own way for pushes to arrive by (`transfer`); None: `load_weights`.
     """
 
     def __init__(
@@ -79,6 +59,7 @@ class VllmEngine:
         compile_model: bool = False,
         threads: int | None = None,
         lora_rank: int | None = None,
+        weight_transfer: Literal["nccl", "ipc"] | None = None,
     ) -> None:
         if not (Path(ar_folder) / "config.json").is_file():
             raise PolicyError(f"{ar_folder} has no config.json; give the ar folder of a policy")
@@ -94,8 +75,8 @@ class VllmEngine:
         self._sleeps = sleep
         self._held: str | None = None  # the fingerprint of the last push
         self._owns_process_group = not torch.distributed.is_initialized()
-        with _process_untouched():
-            self._llm = _start(
+        with process_untouched():
+            self._llm = start_llm(
                 Path(ar_folder),
                 model=str(ar_folder),
                 skip_tokenizer_init=True,
@@ -118,6 +99,7 @@ class VllmEngine:
                 logprobs_mode="processed_logprobs",
                 disable_log_stats=True,
                 use_tqdm_on_load=False,
+                weight_transfer_config=weight_transfer and {"backend": weight_transfer},
                 **adapter_settings(lora_rank),
             )
         self._expected = {name: tensor.shape for name, tensor in self._weights()}
@@ -159,7 +141,7 @@ class VllmEngine:
             )
             for seed in seeds
         ]
-        with _random_states_kept(), self._own_threads(), self._eager():
+        with random_states_kept(), self._own_threads(), self._eager():
             outputs = self._llm.generate(
                 [{"prompt_token_ids": ids} for ids in owners],
                 params,
@@ -196,10 +178,31 @@ class VllmEngine:
             self._adapter = swap_adapter(self._llm, tensors, self._lora_rank)
         else:
             self._reload(check_names(tensors, self._expected, "vllm"))
-        # Keys and values of prompts, computed with the old weights.
-        if not self._llm.reset_prefix_cache():
-            raise RunError("vLLM could not drop its prefix cache while requests were running")
-        self.step = step
+        self._arrived(step)
+
+    def transfer(self, call: Literal["meet", "start", "receive", "finish"], argument: Any) -> None:
+        """Take part in vLLM's own weight transfer as its other end asks (`WeightTransfer`).
+
+        A push is one "start" with the shapes by name, "receive" with what vLLM says of the tensors,
+        and "finish" with the step. Raises as `load_weights` does, before anything is received.
+        """
+        if call == "meet":
+            self._llm.collective_rpc("shutdown_weight_transfer_engine")
+            self._llm.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": argument})
+            return
+        with random_states_kept(), torch.no_grad():
+            if call == "start":
+                announced = {n: torch.empty(shape, device="meta") for n, shape in argument.items()}
+                check_names(announced, self._expected, "vllm")
+                self._wake()
+                self._held = None
+                self._llm.collective_rpc("start_weight_update")
+            elif call == "receive":
+                self._llm.collective_rpc("update_weights", kwargs={"update_info": argument})
+            else:
+                self._llm.collective_rpc("finish_weight_update")
+                self._llm.apply_model(repack_tied_head)
+                self._arrived(argument)
 
     def fingerprint(self) -> str:
         """See `Engine`. Packed weights are read back out of the kernels that use them.
@@ -226,6 +229,12 @@ class VllmEngine:
         if self._owns_process_group:
             cleanup_dist_env_and_memory()
 
+    def _arrived(self, step: int) -> None:
+        # Keys and values of prompts, computed with the old weights.
+        if not self._llm.reset_prefix_cache():
+            raise RunError("vLLM could not drop its prefix cache while requests were running")
+        self.step = step
+
     def _sleep(self) -> None:
         if not self._sleeps:
             return
@@ -244,7 +253,7 @@ class VllmEngine:
 
     def _reload(self, tensors: dict[str, Tensor]) -> None:
         pushed = [(name, tensor.detach()) for name, tensor in tensors.items()]
-        with _random_states_kept(), torch.no_grad():
+        with random_states_kept(), torch.no_grad():
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(pushed)})
             self._llm.apply_model(repack_tied_head)
 
@@ -274,89 +283,3 @@ class VllmEngine:
             return
         with torch.compiler.set_stance("force_eager"):
             yield
-
-
-def _start(ar_folder: Path, **settings: Any) -> Any:
-    """Import vLLM, check that it can serve the checkpoint and return its `LLM`."""
-    os.environ.update(_ENVIRONMENT)
-    prepare_torchvision()
-    # vLLM configures its logger only after its import has logged. What it warns of at the start is
-    # about servers: chat templates, preloaded allocators, the missing tokenizer.
-    logging.getLogger("vllm").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=FutureWarning)
-        warnings.filterwarnings("ignore", category=DeprecationWarning)
-        import vllm
-        from vllm.config.logging import LoggingConfig
-        from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
-        from vllm.platforms import current_platform
-
-        if settings["enable_sleep_mode"] and not current_platform.is_sleep_mode_available():
-            raise RunError(
-                "rollout.vllm.sleep: vLLM sleeps on a GPU, and this one runs on the CPU.\n"
-                "    Fix: rollout.vllm.sleep=false"
-            )
-        if current_platform.is_cpu():
-            _check_cpu_attention(ar_folder, settings["kv_cache_dtype"])
-        # Given as a class, the model is not inspected in a further process: that process would
-        # import torchvision without our preparation, and takes seconds.
-        vllm.ModelRegistry.register_model("Qwen3ForCausalLM", Qwen3ForCausalLM)
-        try:
-            return vllm.LLM(logging_config=LoggingConfig(log_level="ERROR"), **settings)
-        except ValueError as error:
-            if not any(words in str(error) for words in _CACHE_TOO_SMALL):
-                raise
-            told = str(error).split(" Try ")[0]  # it advises settings of its own
-            fix = "raise rollout.vllm.cache_gib."
-            raise RunError(f"vLLM cannot start: {told}\n    Fix: {fix}") from None
-
-
-def _check_cpu_attention(ar_folder: Path, cache_dtype: str) -> None:
-    """vLLM would accept the model, start, and stop at the first request."""
-    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, _get_attn_isa
-
-    path = ar_folder / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    sizes = CPUAttentionBackend.get_supported_head_sizes()
-    if head_dim not in sizes:
-        raise PolicyError(
-            f"{path}: head_dim is {head_dim}, and vLLM's CPU attention knows {sizes}; "
-            "use the transformers engine for this policy"
-        )
-    try:
-        _get_attn_isa(torch.float32, 32, head_dim, cache_dtype)
-    except NotImplementedError as error:
-        raise PolicyError(
-            f"rollout.vllm.cache_dtype: {cache_dtype} does not go with {path} on this CPU: {error}"
-            "\n    Fix: rollout.vllm.cache_dtype=auto"
-        ) from None
-
-
-@contextmanager
-def _process_untouched() -> Iterator[None]:
-    """Put environment, random states and thread settings back as they were."""
-    environment = dict(os.environ)
-    set_num_threads, threads = torch.set_num_threads, torch.get_num_threads()
-    try:
-        with _random_states_kept():
-            yield
-    finally:
-        for name in os.environ.keys() - environment.keys():
-            del os.environ[name]
-        os.environ.update(environment)
-        # On the CPU vLLM replaces the function by one that does nothing but warn.
-        torch.set_num_threads = set_num_threads
-        torch.set_num_threads(threads)
-
-
-@contextmanager
-def _random_states_kept() -> Iterator[None]:
-    """vLLM seeds and draws from the global generators, which belong to the trainer."""
-    python, legacy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(legacy)

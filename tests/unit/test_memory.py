@@ -241,6 +241,19 @@ def test_a_cache_in_8_bits_holds_more_pictures(published, dtype, times):
     assert times * before <= found < times * (before + 1)
 
 
+def test_merged_weights_are_kept_where_they_are_sent_from_the_gpu(published):
+    asked = ("rollout.engine=vllm", "rollout.workers=2", "rollout.ray.gpus_per_worker=1")
+    stored = memory.grpo_memory(recipe_of("blip3o-next-3b/grpo-geneval", *asked), published)
+    asked = (*asked, "rollout.vllm.weight_transfer=nccl")
+    sent = memory.grpo_memory(recipe_of("blip3o-next-3b/grpo-geneval", *asked), published)
+    whole = memory.grpo_memory(
+        recipe_of("blip3o-next-3b/grpo-geneval", *asked, "policy.lora=null"), published
+    )
+    kept = 2 * published.parameters["ar"]
+    assert sent.resident == stored.resident | {"merged weights, sent": kept}
+    assert "merged weights, sent" not in whole.resident
+
+
 def test_vllm_that_sleeps_takes_its_memory_while_it_samples_alone(published):
     asked = ("blip3o-next-3b/grpo-geneval", "rollout.engine=vllm", "rollout.vllm.cache_gib=20")
     awake = memory.grpo_memory(recipe_of(*asked), published)

@@ -1,6 +1,7 @@
 """The sampler's arithmetic: truncation, inverse-CDF draws, requests and fingerprints."""
 
 import math
+import struct
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from common.errors import RunError
 from common.heavy import prepare_torchvision
 from policy.sampling import draw, truncated_logprobs
 from rollout import Sampling, WeightMismatch, fingerprint_tensors
+from rollout.engine import _sums
 
 prepare_torchvision()
 
@@ -123,6 +125,37 @@ def test_a_fingerprint_sees_every_change():
         {"one": tensors["two"], "two": tensors["one"]},
     ]
     assert len({fingerprint_tensors(v.items()) for v in variants}) == len(variants)
+
+
+@settings(deadline=None, max_examples=60)
+@given(data=st.data())
+def test_a_fingerprint_sees_what_a_plain_sum_would_not(data):
+    """Flipped signs, elements that changed places, in the last bytes, behind the first megabyte."""
+    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.int64, torch.uint8]))
+    count = data.draw(st.sampled_from([2, 3, 17, 2**18 + 5]))
+    one = torch.arange(1, count + 1).remainder(97).add(1).to(dtype)
+    where = data.draw(st.lists(st.integers(0, count - 1), min_size=2, max_size=6, unique=True))
+    signs, places = one.clone(), one.clone()
+    signs[where] = -signs[where]
+    places[where] = places[where].roll(1)
+    before = fingerprint_tensors([("a", one)])
+    assert fingerprint_tensors([("a", signs)]) != before
+    moved = not torch.equal(places, one)
+    assert (fingerprint_tensors([("a", places)]) != before) == moved
+
+
+def test_the_sums_of_a_fingerprint_are_what_they_are_said_to_be():
+    """Again in Python's numbers: words of 8 bytes, odd factors, products that are folded."""
+    values = torch.tensor([1.5, -2.0, -0.0, 3.25, 7.0])
+    factors = [int(raw) | 1 for raw in np.random.PCG64(0).random_raw(3)]
+    words = np.frombuffer(struct.pack("<6f", 1.5, -2.0, 0.0, 3.25, 7.0, 0.0), "<i8").tolist()
+    total = 0
+    for word, factor in zip(words, factors, strict=True):
+        product = word * factor % 2**64
+        product -= 2**64 if product >= 2**63 else 0
+        total += product ^ (product >> 32)
+    total = (total + 2**63) % 2**64 - 2**63
+    assert _sums(values).tolist() == [total]
 
 
 def test_negative_zero_counts_as_zero_and_a_name_twice_is_an_error():
