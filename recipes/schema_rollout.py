@@ -150,19 +150,25 @@ class RolloutSection(Section):
 
     @model_validator(mode="after")
     def _transfers_to_workers(self) -> Self:
-        gpus = self.ray.gpus_per_worker
-        if self.transfer and (
-            not self.workers or not gpus or (self.transfer == "nccl" and gpus < 1)
-        ):
-            where = "each on one of its own" if self.transfer == "nccl" else "that of the trainer"
+        key, gpus = "vllm.weight_transfer", self.ray.gpus_per_worker
+        if self.transfer == "nccl" and (not self.workers or gpus < 1 or not self.ray.address):
             raise cross_error(
-                "vllm.weight_transfer",
-                f"{self.transfer} is for workers on GPUs, {where}.",
-                "set rollout.workers and rollout.ray.gpus_per_worker, or this to ray.",
+                key,
+                "NCCL wants a GPU for each worker, none of them the trainer's, which a cluster "
+                "that the run starts by itself does not keep.",
+                "set rollout.workers, gpus_per_worker to 1 and address to a cluster without the "
+                "trainer's GPU (both in rollout.ray), or this to ray.",
+            )
+        if self.transfer == "ipc" and not 0 < self.workers * gpus <= 1:
+            raise cross_error(
+                key,
+                "By IPC workers read the memory of the GPU that they share with the trainer.",
+                "let all of them take one GPU (rollout.workers x rollout.ray.gpus_per_worker), or "
+                "set this to ray.",
             )
         if self.transfer and (self.max_policy_lag or self.lora_sync == "adapter"):
             raise cross_error(
-                "vllm.weight_transfer",
+                key,
                 f"{self.transfer} sends the trainer's whole weights, as they are after the update.",
                 "set rollout.max_policy_lag to 0 and rollout.lora_sync to merged, or this to ray.",
             )

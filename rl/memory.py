@@ -129,11 +129,13 @@ def _resident(recipe: GrpoRecipe, anatomy: Anatomy, sharding: Sharding, own: int
 
 def _vllm(recipe: GrpoRecipe, anatomy: Anatomy) -> dict[str, int]:
     """Return what vLLM holds on the trainer's GPU while it is awake."""
-    if recipe.rollout.engine != "vllm" or recipe.rollout.workers:
+    rollout = recipe.rollout
+    beside = rollout.workers if rollout.transfer == "ipc" else int(not rollout.workers)
+    if rollout.engine != "vllm" or not beside:
         return {}
     return {
-        "vLLM's weights": anatomy.parameters["ar"] * width_of(recipe),
-        "vLLM's cache": int(recipe.rollout.vllm.cache_gib * 2**30),
+        "vLLM's weights": beside * anatomy.parameters["ar"] * width_of(recipe),
+        "vLLM's cache": beside * int(rollout.vllm.cache_gib * 2**30),
     }
 
 

@@ -104,11 +104,17 @@ class ActorPool:
         import ray
 
         while self._starting:
-            ready, _ = ray.wait(list(self._starting), timeout=0)
+            # Who was only asked whether it is there answers within that.
+            ready, _ = ray.wait(list(self._starting), timeout=0.5)
             if not ready:
                 break
             self._join(ready[0])
         return [self.handles[number] for number in sorted(self._free)]
+
+    @property
+    def awaited(self) -> bool:
+        """Whether actors are to join that are not ready yet."""
+        return bool(self._starting)
 
     def close(self) -> None:
         """End the actors."""

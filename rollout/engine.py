@@ -98,7 +98,7 @@ def _sums(tensor: Tensor) -> Tensor:
         odd_bytes = -len(values) * values.element_size() % 8
         words = F.pad(values.view(torch.uint8), (0, odd_bytes)).view(torch.int64)
         product = words * factors[: len(words)]
-        sums.append((product ^ (product >> 32)).sum())
+        sums.append((product ^ (product >> 32 & 0xFFFF_FFFF)).sum())
     return torch.stack(sums)
 
 

@@ -109,16 +109,15 @@ class RayPool:
         vLLM's weight transfer brings them to those that are there; who comes later reads them from
         the store, where they are put only then.
         """
-        self._pushed = as_mapping(named_tensors)
+        self._pushed = {}  # those of the last push go before these are merged
+        tensors = self._pushed = as_mapping(named_tensors)
         number = self._push.number + 1 if self._push else 1
         self._push = Push(number, step, [])
-        reached = 0
         if self._transfer:
             self.actors.on_all("catch_up", None)  # are they all there?
-            present = self.actors.present()
-            self._transfer.send(present, self._pushed, self._push)
-            reached = len(present)
-        if reached < self._workers:
+            if present := self.actors.present():
+                self._transfer.send(present, tensors, self._push)
+        if self._transfer is None or self.actors.awaited:
             self._store()
         self.actors.on_all("catch_up", self._push)
 

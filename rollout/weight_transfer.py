@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from common.errors import RunError
+from common.errors import AtelierError, RunError
 from rollout.vllm_process import import_vllm, process_untouched
 
 if TYPE_CHECKING:
@@ -54,6 +54,8 @@ class WeightTransfer:
             try:
                 if device.type == "cuda":
                     torch.cuda.set_device(device)  # each thread has its own
+                    torch.cuda.synchronize()  # vLLM packs on streams that wait for no other
+                    torch.cuda.empty_cache()  # workers may share this GPU
                 if self._engine is None or workers != self._workers.handles:
                     self._meet(workers)
                 self._engine.send_weights()
@@ -62,8 +64,10 @@ class WeightTransfer:
                 ended.put(error)
 
         threading.Thread(target=work, name="weight transfer", daemon=True).start()
-        if error := ended.get():
-            self._engine = None
+        error = ended.get()
+        self._weights.tensors = {}
+        if error is not None:
+            self.close()
             raise error
 
     def close(self) -> None:
@@ -149,7 +153,12 @@ class _Workers:
         try:
             ray.get(calls, timeout=self._timeout_s)
         except ray.exceptions.RayTaskError as error:
-            raise self._told(error.cause) from None
+            cause = error.cause
+            if not isinstance(cause, AtelierError):
+                told = f"a rollout worker could not take its weights: {cause}"
+                fix = "rollout.vllm.weight_transfer=ray, which goes through host memory."
+                cause = RunError(f"{told}\n    Fix: {fix}")
+            raise self._told(cause) from None
         except ray.exceptions.RayError as error:
             told = f"a rollout worker was lost while it got its weights: {error}"
             fix = "`atelier resume` goes on; rollout.vllm.weight_transfer=ray survives such a loss."

@@ -221,6 +221,41 @@ def test_workers_on_the_trainers_gpu_read_its_memory(pool, monkeypatch):
         in_worker(pool, index, receive_by, "nccl")
 
 
+def test_who_was_lost_between_two_pushes_costs_no_run(pool):
+    pool.actors.await_ready()
+    push_weights(pool, side(1.0, 8))
+    replaced = pool.actors.replaced
+    os.kill(in_worker(pool, 0, lambda worker: os.getpid()), signal.SIGKILL)
+    trainer = side(1.06, 9)
+    verify_sync(pool, trainer)  # to who is left, and into the store for who comes
+    assert pool.actors.replaced == replaced + 1
+    assert len(pool._push.packed) == 1
+    pool.actors.await_ready()
+    expected = fingerprint_tensors(merged_tensors(trainer.model))
+    assert pool.fingerprint() == expected
+    assert in_worker(pool, 0, lambda w: w.engine.fingerprint()) == expected
+    push_weights(pool, side(1.07, 10))
+    assert pool._push.packed == []
+
+
+def fail(worker) -> None:
+    def transfer(call, argument) -> None:
+        raise ValueError("no handle for this GPU")
+
+    worker.engine.transfer = transfer
+
+
+def test_what_fails_in_a_worker_is_told_with_a_fix(pool):
+    pool.actors.await_ready()
+    for index in range(2):
+        in_worker(pool, index, fail)
+    told = r"could not take its weights: no handle for this GPU\n +Fix: .*weight_transfer=ray"
+    with pytest.raises(RunError, match=told):
+        push_weights(pool, side(1.0, 11))
+    for index in range(2):
+        in_worker(pool, index, restore)
+
+
 def die_while_receiving(worker) -> None:
     original = worker.engine.transfer
 
@@ -242,26 +277,34 @@ def test_a_worker_lost_in_the_middle_ends_the_run_instead_of_hanging(pool):
         push_weights(pool, side(1.01, 7))
 
 
+NCCL = [
+    "rollout.engine=vllm",
+    "rollout.workers=2",
+    "rollout.ray.gpus_per_worker=1",
+    "rollout.ray.address=auto",
+    "rollout.vllm.weight_transfer=nccl",
+]
+IPC = ["rollout.vllm.weight_transfer=ipc", "rollout.ray.gpus_per_worker=0.5"]
+
+
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        (["rollout.workers=0"], "set rollout.workers and rollout.ray.gpus_per_worker"),
-        (["rollout.ray.gpus_per_worker=0.5"], "each on one of its own"),
-        (["rollout.ray.gpus_per_worker=0", "rollout.vllm.weight_transfer=ipc"], "the trainer"),
+        (["rollout.workers=0"], "set rollout.workers, gpus_per_worker to 1"),
+        (["rollout.ray.gpus_per_worker=0.5"], "a GPU for each worker"),
+        (["rollout.ray.address=null"], "none of them the trainer's"),
         (["rollout.max_policy_lag=1"], "set rollout.max_policy_lag to 0"),
+        ([*IPC, "rollout.workers=0"], "share with the trainer"),
+        ([*IPC, "rollout.workers=3"], "let all of them take one GPU"),
+        ([*IPC, "rollout.ray.gpus_per_worker=0"], "share with the trainer"),
     ],
 )
 def test_recipes_for_which_it_is_no_way_are_refused(settings, told):
-    given = [
-        "rollout.engine=vllm",
-        "rollout.workers=2",
-        "rollout.ray.gpus_per_worker=1",
-        "rollout.vllm.weight_transfer=nccl",
-    ]
-    load_recipe("geneval-scenes", given)
+    load_recipe("geneval-scenes", NCCL)
+    load_recipe("geneval-scenes", [*NCCL, *IPC])
     with pytest.raises(RecipeError, match=r"rollout\.vllm\.weight_transfer") as error:
-        load_recipe("geneval-scenes", [*given, *settings])
-    assert told in str(error.value)
+        load_recipe("geneval-scenes", [*NCCL, *settings])
+    assert told in " ".join(str(error.value).split())
 
 
 def test_a_trainer_without_a_gpu_is_told_before_workers_start(policy):

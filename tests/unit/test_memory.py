@@ -243,6 +243,7 @@ def test_a_cache_in_8_bits_holds_more_pictures(published, dtype, times):
 
 def test_merged_weights_are_kept_where_they_are_sent_from_the_gpu(published):
     asked = ("rollout.engine=vllm", "rollout.workers=2", "rollout.ray.gpus_per_worker=1")
+    asked = (*asked, "rollout.ray.address=auto")
     stored = memory.grpo_memory(recipe_of("blip3o-next-3b/grpo-geneval", *asked), published)
     asked = (*asked, "rollout.vllm.weight_transfer=nccl")
     sent = memory.grpo_memory(recipe_of("blip3o-next-3b/grpo-geneval", *asked), published)
@@ -252,6 +253,14 @@ def test_merged_weights_are_kept_where_they_are_sent_from_the_gpu(published):
     kept = 2 * published.parameters["ar"]
     assert sent.resident == stored.resident | {"merged weights, sent": kept}
     assert "merged weights, sent" not in whole.resident
+
+
+def test_workers_that_share_the_trainers_gpu_take_its_memory(published):
+    asked = ("rollout.engine=vllm", "rollout.workers=2", "rollout.ray.gpus_per_worker=0.5")
+    asked = (*asked, "rollout.vllm.weight_transfer=ipc", "rollout.vllm.cache_gib=20")
+    found = memory.grpo_memory(recipe_of("blip3o-next-3b/grpo-geneval", *asked), published).resident
+    assert found["vLLM's weights"] == 2 * 2 * published.parameters["ar"]
+    assert found["vLLM's cache"] == 2 * 20 * 2**30
 
 
 def test_vllm_that_sleeps_takes_its_memory_while_it_samples_alone(published):
