@@ -93,6 +93,11 @@ class RayPool:
             behaviour_logprobs=torch.cat([part.behaviour_logprobs for part in parts]),
         )
 
+    def probe(self, prompt_ids: list[list[int]], length: int) -> list[RolloutBatch]:
+        """See `Engine`. Every actor that is ready draws all of them."""
+        found = self.actors.on_all("probe", self._push, prompt_ids, length)
+        return [batch for batches in found for batch in batches]
+
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], step: int) -> None:
         """See `Engine`. The tensors are stored once; every actor reads them from there."""
         import ray
@@ -165,6 +170,13 @@ class SamplingActor:
         batch = self.engine.generate(prompt_ids, n, sampling, seeds)
         told, self.events[:] = list(self.events), []
         return batch, told
+
+    def probe(
+        self, push: Push | None, prompt_ids: list[list[int]], length: int
+    ) -> list[RolloutBatch]:
+        """See `Engine`."""
+        self.catch_up(push)
+        return self.engine.probe(prompt_ids, length)
 
     def fingerprint(self, push: Push | None) -> str:
         """See `Engine`."""

@@ -5,6 +5,7 @@ import logging
 import signal
 from collections import Counter
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,6 +29,7 @@ from rl.callbacks import InterruptCallback, JournalCallback
 from rl.checkpoints import publish
 from rl.rollouts import Sampler
 from rl.run import (
+    PROBES,
     _held_out,
     _sync,
     check_processes,
@@ -39,6 +41,7 @@ from rl.trl_release import GRPOConfig
 from rollout.build import EngineSpec
 from rollout.decode import Decode
 from rollout.engine import Sampling, WeightMismatch
+from rollout.sync import PROBE_TOKENS
 
 
 def recipe_of(*overrides: str):
@@ -316,6 +319,30 @@ def test_a_sync_refuses_an_engine_that_computes_something_else(policy, policy_fo
     for step in (0, 1):
         with pytest.raises(WeightMismatch):
             _sync(policy, Deaf(), False, 1e-4)(step)
+
+
+def test_every_sync_is_probed_and_now_and_then_by_whole_pictures(policy):
+    engine, asked = engine_of(policy), []
+    probe = engine.probe
+
+    def wrong_at_step_26(prompts, length):
+        [batch] = probe(prompts, length)
+        asked.append(batch.completion_ids.shape)
+        return [replace(batch, behaviour_logprobs=batch.behaviour_logprobs + (len(asked) == 4))]
+
+    engine.probe = wrong_at_step_26
+    sync, tokens = _sync(policy, engine, False, 1e-4), policy.config.num_tokens
+    for step in (0, 1, 25):
+        sync(step)
+    with pytest.raises(WeightMismatch, match="step 26 the engine's log-probs of probe 0"):
+        sync(26)
+    assert asked == [(4, tokens), (4, PROBE_TOKENS), (4, tokens), (4, PROBE_TOKENS)]
+
+
+def test_two_probes_begin_with_a_block_of_the_prefix_cache_each():
+    # No tokenizer makes less than a token of a word.
+    first, second = (words for p in PROBES if len(words := p.split()) > 32)
+    assert first[0] != second[0]
 
 
 # --- quiet and signals ---------------------------------------------------------------------------
