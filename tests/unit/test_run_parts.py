@@ -328,7 +328,8 @@ def test_every_sync_is_probed_and_now_and_then_by_whole_pictures(policy):
     def wrong_at_step_26(prompts, length):
         [batch] = probe(prompts, length)
         asked.append(batch.completion_ids.shape)
-        return [replace(batch, behaviour_logprobs=batch.behaviour_logprobs + (len(asked) == 4))]
+        second = replace(batch, behaviour_logprobs=batch.behaviour_logprobs + (len(asked) == 4))
+        return [batch, second]  # as of two workers
 
     engine.probe = wrong_at_step_26
     sync, tokens = _sync(policy, engine, False, 1e-4), policy.config.num_tokens
