@@ -39,9 +39,9 @@ from recipes import load_recipe
 from rewards.geneval import geneval
 from rl.grpo import ImageGRPOTrainer
 from rl.rollouts import Decode, Sampler
-from rl.run import load_policy, trainer_config
+from rl.run import PROBES, load_policy, trainer_config
 from rl.stages import build_rewards
-from rollout.sync import ModelSide, push_weights
+from rollout.sync import ModelSide, verify_sync
 from rollout.transformers_engine import TransformersEngine
 
 RESULTS = Path(__file__).parent / "results" / "step.json"
@@ -196,15 +196,16 @@ def ours(recipe: Any, folder: Path, turns: Turns, decode: Decode) -> tuple[Image
     engine = TransformersEngine(
         policy.ar, config.image_start_id, config.num_image_tokens, config.num_tokens, config.pad_id
     )
+    probes = policy.prompt_ids(PROBES)
     trainer = ImageGRPOTrainer(
         policy.ar,
         _arguments(recipe, policy, folder),
         records_of_run(recipe),
         sampler=Sampler(policy, engine, Sampling(), decode, recipe.seed),
         rewards=build_rewards(recipe),
-        sync=lambda step: push_weights(
+        sync=lambda step: verify_sync(
             engine,
-            ModelSide(policy.ar, step, [], config.image_start_id, config.num_image_tokens),
+            ModelSide(policy.ar, step, probes, config.image_start_id, config.num_image_tokens),
         ),
         callbacks=[turns],
         checkpoints=folder / "checkpoints",

@@ -50,10 +50,20 @@ from rl.zero import zero_config
 from rollout.decode import Decode
 from rollout.engine import Engine
 from rollout.micro_batch import Events, memory_advice
-from rollout.sync import ModelSide, push_weights, verify_sync
+from rollout.sync import PROBE_TOKENS, ModelSide, verify_sync
 
-PROBE_EVERY = 25
-"""Steps between two syncs that are proved by probe prompts besides the fingerprint."""
+PROBES = (
+    "x",
+    "a photo of a red circle",
+    "a photo of a red circle left of a blue square and above a green triangle and two yellow "
+    "circles right of a red square and below a photo of three blue triangles and a green circle",
+    "two yellow squares below a green circle and a photo of a blue triangle right of three red "
+    "squares and above a photo of a green triangle left of a red square and two yellow circles",
+)
+"""Prompts that prove each sync. Two begin with a block of vLLM's prefix cache (32 tokens) each: a
+shorter prompt is never read from there."""
+WHOLE_PROBES_EVERY = 25
+"""Steps between two syncs whose probes are whole pictures: what only late tokens show."""
 PROBE_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.5}
 """Largest difference in nats of a probe token's log-prob; two bfloat16 passes differ by 0.1."""
 
@@ -110,7 +120,7 @@ def _run(
             suite = load_suite(recipe.evals.suite, recipe.evals.limit).from_prompts_alone()
             parts.callback(suite.close)
         asked = {str(r["prompt"]) for r in [*records, *(suite.records if suite else ())]}
-        longest = max(map(len, policy.prompt_ids(sorted(asked))))
+        longest = max(map(len, policy.prompt_ids(sorted(asked | set(PROBES)))))
         told = Journaled()
         stages = open_stages(recipe, policy, rewards, longest, told, parts)
         sync = _sync(policy, stages.engine, bool(adapter_rank(recipe)), probe_tolerance(recipe))
@@ -286,16 +296,13 @@ def probe_tolerance(recipe: GrpoRecipe) -> float:
 
 def _sync(policy: Policy, engine: Engine, adapter: bool, tolerance: float) -> Sync:
     config = policy.config
-    probes = policy.prompt_ids(["a photo of a red circle", "a photo of two squares", "a sign", "x"])
-
+    probes = policy.prompt_ids(PROBES)
     images = (config.image_start_id, config.num_image_tokens)
 
     def sync(step: int) -> None:
         side = ModelSide(policy.ar, step, probes, *images, adapter)
-        if step % PROBE_EVERY == 0:
-            verify_sync(engine, side, tolerance)
-        else:
-            push_weights(engine, side)
+        length = PROBE_TOKENS if step % WHOLE_PROBES_EVERY else config.num_tokens
+        verify_sync(engine, side, tolerance, length)
 
     return sync
 

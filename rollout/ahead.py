@@ -83,6 +83,11 @@ class AheadEngine:
         self.sampled_from = self._step
         return self._generate(asked)
 
+    def probe(self, prompt_ids: list[list[int]], length: int) -> list[RolloutBatch]:
+        """See `Engine`."""
+        self._settle()
+        return self._engine.probe(prompt_ids, length)
+
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], step: int) -> None:
         """See `Engine`."""
         self._settle()

@@ -103,6 +103,11 @@ class RayPool:
             behaviour_logprobs=torch.cat([part.behaviour_logprobs for part in parts]),
         )
 
+    def probe(self, prompt_ids: list[list[int]], length: int) -> list[RolloutBatch]:
+        """See `Engine`. Every actor that is ready draws all of them."""
+        found = self.actors.on_all("probe", self._push, prompt_ids, length)
+        return [batch for batches in found for batch in batches]
+
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], step: int) -> None:
         """See `Engine`. In Ray's object store the tensors are stored once, and all read them there.
 
@@ -204,6 +209,13 @@ class SamplingActor:
         """Compute with what was received."""
         self.transfer("finish", push.step)
         self.loaded = push.number
+
+    def probe(
+        self, push: Push | None, prompt_ids: list[list[int]], length: int
+    ) -> list[RolloutBatch]:
+        """See `Engine`."""
+        self.catch_up(push)
+        return self.engine.probe(prompt_ids, length)
 
     def fingerprint(self, push: Push | None) -> str:
         """See `Engine`."""

@@ -7,10 +7,15 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
-from policy.sampling import Sampling, evaluation_mode
+from policy.sampling import evaluation_mode
 from rollout.engine import Engine, WeightMismatch, fingerprint_tensors
 from rollout.weights import merged_tensors, split_tensors
+
+PROBE_TOKENS = 4
+"""Tokens drawn after each probe prompt: the first by the pass over the prompt, the others by the
+kernels that read the cache."""
 
 
 class TrainerSide(Protocol):
@@ -25,8 +30,8 @@ class TrainerSide(Protocol):
     def pushed_tensors(self) -> Iterable[tuple[str, Tensor]]:
         """Those that the engine does not have already."""
 
-    def completion_logprobs(self, prompt_ids: list[int], completion_ids: Tensor) -> Tensor:
-        """float32 [N]: teacher-forced log-probs of int64 [N] over the image rows, T = 1."""
+    def completion_logprobs(self, prompt_ids: list[list[int]], completion_ids: Tensor) -> Tensor:
+        """float32 [P, N]: teacher-forced log-probs of int64 [P, N] over the image rows, T = 1."""
 
 
 class ModelSide:
@@ -60,15 +65,18 @@ class ModelSide:
         return (pair for pair in tensors if not self._adapter or ".lora_" in pair[0])
 
     @torch.no_grad()
-    def completion_logprobs(self, prompt_ids: list[int], completion_ids: Tensor) -> Tensor:
+    def completion_logprobs(self, prompt_ids: list[list[int]], completion_ids: Tensor) -> Tensor:
         """See `TrainerSide`."""
-        device = next(self._model.parameters()).device
-        ids = torch.cat([torch.tensor(prompt_ids), completion_ids]).to(device)
+        device, length = next(self._model.parameters()).device, completion_ids.shape[1]
+        pairs = zip(prompt_ids, completion_ids, strict=True)
+        # Padding on the right: nothing attends to what comes later.
+        ids = pad_sequence([torch.cat([torch.tensor(p), c]) for p, c in pairs], batch_first=True)
         with evaluation_mode(self._model):
-            logits = self._model(input_ids=ids[None]).logits[0, len(prompt_ids) - 1 : -1]
-        logprobs = logits[:, self._image_rows].float().log_softmax(-1)
-        codes = completion_ids.to(device)[:, None] - self._image_rows.start
-        return logprobs.gather(1, codes)[:, 0].cpu()
+            logits = self._model(input_ids=ids.to(device)).logits[..., self._image_rows]
+        starts = [len(prompt) - 1 for prompt in prompt_ids]
+        drawn = torch.stack([logits[i, at : at + length] for i, at in enumerate(starts)])
+        codes = completion_ids.to(device)[..., None] - self._image_rows.start
+        return drawn.float().log_softmax(-1).gather(-1, codes)[..., 0].cpu()
 
 
 def push_weights(engine: Engine, trainer_side: TrainerSide) -> None:
@@ -90,26 +98,28 @@ def push_weights(engine: Engine, trainer_side: TrainerSide) -> None:
         )
 
 
-def verify_sync(engine: Engine, trainer_side: TrainerSide, tolerance: float = 1e-4) -> None:
-    """`push_weights`, then raise `WeightMismatch` unless the engine computes with them.
+def verify_sync(
+    engine: Engine, trainer_side: TrainerSide, tolerance: float = 1e-4, length: int = PROBE_TOKENS
+) -> None:
+    """`push_weights`, then raise `WeightMismatch` unless every worker computes with them.
 
-    Probe completions, drawn at temperature 1 with fixed seeds, must have the log-probs that the
-    trainer gives them, within `tolerance` nats (1e-4 suits float32). This sees what a fingerprint
-    cannot: a stale prefix cache, a wrong slice of the vocabulary, a broken kernel. Unlikely tokens
-    show an error that greedy ones would hide, hence sampled probes. It costs the time of sampling
-    one short batch; between calls, comparing the behaviour log-probs of the rollouts with the
-    trainer's own pass proves the same for free.
+    The first `length` tokens after each probe prompt, drawn at temperature 1 with fixed seeds, must
+    have the log-probs that the trainer gives them, within `tolerance` nats (1e-4 suits float32).
+    This sees what a fingerprint cannot: a stale prefix cache, a wrong slice of the vocabulary, a
+    broken kernel. Unlikely tokens show an error that greedy ones would hide, hence sampled probes.
     """
     push_weights(engine, trainer_side)
-    probes = engine.generate(
-        trainer_side.probe_prompts, 1, Sampling(), list(range(len(trainer_side.probe_prompts)))
-    )
-    for index, ids in enumerate(probes.prompt_ids):
-        own = trainer_side.completion_logprobs(ids, probes.completion_ids[index])
-        distance = float((own - probes.behaviour_logprobs[index]).abs().max())
-        if not distance <= tolerance:  # also true of NaN
-            raise WeightMismatch(
-                f"after the sync of step {trainer_side.step} the engine's log-probs of probe "
-                f"{index} differ from the trainer's by {distance:.2e} nats (allowed: "
-                f"{tolerance:.0e}); stop: its samples would not come from this policy"
-            )
+    prompts = trainer_side.probe_prompts
+    expected: dict[bytes, Tensor] = {}  # by tokens: workers mostly draw the same
+    for probes in engine.probe(prompts, length):
+        drawn = probes.completion_ids
+        if (key := drawn.numpy().tobytes()) not in expected:
+            expected[key] = trainer_side.completion_logprobs(prompts, drawn)
+        distances = (expected[key] - probes.behaviour_logprobs).abs().amax(1).tolist()
+        for index, distance in enumerate(distances):
+            if not distance <= tolerance:  # also true of NaN
+                raise WeightMismatch(
+                    f"after the sync of step {trainer_side.step} the engine's log-probs of probe "
+                    f"{index} differ from the trainer's by {distance:.2e} nats (allowed: "
+                    f"{tolerance:.0e}); stop: its samples would not come from this policy"
+                )

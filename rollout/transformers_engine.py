@@ -43,10 +43,11 @@ class TransformersEngine:
     ) -> None:
         self.model = model
         self.step: int | None = None
+        self._completion_length = completion_length
         self._sampler_of = partial(
-            ImageTokenSampler, model, image_start_id, num_image_tokens, completion_length, pad_id
+            ImageTokenSampler, model, image_start_id, num_image_tokens, pad_id=pad_id
         )
-        self._sampler_of(micro_batch)  # a model that cannot be sampled from is refused here
+        self._sampler_of(completion_length)  # a model that cannot be sampled from is refused here
         advice = "lower rollout.prompts_per_step, or sample it in more waves (rollout.waves)"
         events = [] if events is None else events
         self._micro_batch = MicroBatch("rollout", micro_batch, advice, events)
@@ -60,10 +61,24 @@ class TransformersEngine:
         self, prompt_ids: list[list[int]], n: int, sampling: Sampling, seeds: list[int]
     ) -> RolloutBatch:
         """See `Engine`."""
+        return self._draw(prompt_ids, n, sampling, seeds, self._completion_length)
+
+    def probe(self, prompt_ids: list[list[int]], length: int) -> list[RolloutBatch]:
+        """See `Engine`."""
+        return [self._draw(prompt_ids, 1, Sampling(), list(range(len(prompt_ids))), length)]
+
+    def _draw(
+        self,
+        prompt_ids: list[list[int]],
+        n: int,
+        sampling: Sampling,
+        seeds: list[int],
+        length: int,
+    ) -> RolloutBatch:
         check_request(prompt_ids, n, seeds)
 
         def sample(size: int) -> tuple[Tensor, Tensor]:
-            return self._sampler_of(size).sample(prompt_ids, n, sampling, seeds)
+            return self._sampler_of(length, micro_batch=size).sample(prompt_ids, n, sampling, seeds)
 
         tokens, logprobs = self._micro_batch.attempt(len(seeds), sample)
         return RolloutBatch(

@@ -113,6 +113,22 @@ class VllmEngine:
         self, prompt_ids: list[list[int]], n: int, sampling: Sampling, seeds: list[int]
     ) -> RolloutBatch:
         """See `Engine`."""
+        batch = self._draw(prompt_ids, n, sampling, seeds, self._completion_length)
+        self._sleep()
+        return batch
+
+    def probe(self, prompt_ids: list[list[int]], length: int) -> list[RolloutBatch]:
+        """See `Engine`. It stays awake for the rollouts that come next."""
+        return [self._draw(prompt_ids, 1, Sampling(), list(range(len(prompt_ids))), length)]
+
+    def _draw(
+        self,
+        prompt_ids: list[list[int]],
+        n: int,
+        sampling: Sampling,
+        seeds: list[int],
+        length: int,
+    ) -> RolloutBatch:
         from vllm import SamplingParams
 
         check_request(prompt_ids, n, seeds)
@@ -132,8 +148,8 @@ class VllmEngine:
                 top_k=sampling.top_k,
                 top_p=sampling.top_p,
                 seed=seed,
-                min_tokens=self._completion_length,
-                max_tokens=self._completion_length,
+                min_tokens=length,
+                max_tokens=length,
                 ignore_eos=True,
                 allowed_token_ids=self._image_ids,
                 logprobs=0,  # no alternatives: the sampled token's own
@@ -148,15 +164,12 @@ class VllmEngine:
                 use_tqdm=False,
                 lora_request=self._adapter,
             )
-        self._sleep()
         tokens, logprobs = [], []
         for output in outputs:
             completion = output.outputs[0]
             ids = list(completion.token_ids)
-            if len(ids) != self._completion_length:
-                raise RunError(
-                    f"vLLM returned {len(ids)} tokens instead of {self._completion_length}"
-                )
+            if len(ids) != length:
+                raise RunError(f"vLLM returned {len(ids)} tokens instead of {length}")
             tokens.append(ids)
             logprobs.append([at[i].logprob for at, i in zip(completion.logprobs, ids, strict=True)])
         return RolloutBatch(

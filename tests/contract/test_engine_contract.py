@@ -233,6 +233,30 @@ def test_probes_alone_catch_an_engine_that_reports_the_right_fingerprint(engine,
         verify_sync(faulty, probes(model, 2))
 
 
+@pytest.mark.parametrize("length", [1, 4])
+def test_probes_are_the_first_tokens_of_whole_completions(engine, length):
+    whole = engine.generate(PROMPTS, 1, Sampling(), [0, 1, 2])
+    [probes] = engine.probe(PROMPTS, length)
+    assert probes.prompt_ids == PROMPTS
+    assert torch.equal(probes.completion_ids, whole.completion_ids[:, :length])
+    torch.testing.assert_close(
+        probes.behaviour_logprobs, whole.behaviour_logprobs[:, :length], atol=1e-5, rtol=0
+    )
+
+
+def test_a_proved_sync_changes_neither_random_states_nor_samples(engine, model):
+    train(model)
+    engine.load_weights(merged_tensors(model), step=1)
+    expected = engine.generate(PROMPTS, 2, Sampling(), seeds(6))
+    states = random.getstate(), torch.get_rng_state(), np.random.get_state()[1].copy()
+    verify_sync(engine, probes(model, 1))
+    assert random.getstate() == states[0]
+    assert torch.equal(torch.get_rng_state(), states[1])
+    assert (np.random.get_state()[1] == states[2]).all()
+    found = engine.generate(PROMPTS, 2, Sampling(), seeds(6))
+    assert torch.equal(found.completion_ids, expected.completion_ids)
+
+
 @pytest.mark.parametrize("what", ["missing", "unknown", "misshapen", "twice"])
 def test_an_incomplete_push_is_refused_and_changes_nothing(engine, model, what):
     before = engine.fingerprint()

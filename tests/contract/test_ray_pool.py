@@ -253,6 +253,68 @@ def test_a_worker_that_was_not_asked_proves_its_weights_before_it_samples(pool, 
     push_weights(pool, trainer)
 
 
+# --- weights that arrived, and logits that are wrong ----------------------------------------------
+
+
+def break_decoding(worker) -> None:
+    """The kernel for one token at a time is wrong; that for a whole prompt is right."""
+
+    def wrong(module, given, output):
+        return (output[0] * (1.1 if output[0].shape[1] == 1 else 1.0), *output[1:])
+
+    layer = worker.engine.model.model.layers[-1].self_attn
+    worker.mend = layer.register_forward_hook(wrong).remove
+
+
+def keep_old_prompts(worker) -> None:
+    """Keys and values of prompts stay those of the present weights, as a stale prefix cache's."""
+    from copy import deepcopy
+
+    decoder = worker.engine.model.model
+    now, old = decoder.forward, deepcopy(decoder)
+
+    def forward(**options):
+        return (old if options["input_ids"].shape[1] > 1 else now)(**options)
+
+    decoder.forward = forward
+    worker.mend = lambda: decoder.__dict__.pop("forward")
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("fault", [break_decoding, keep_old_prompts])
+def test_a_worker_with_the_right_weights_and_wrong_logits_stops_the_run_at_once(
+    pool, trainer, fault, victim
+):
+    pool.actors.await_ready()
+    verify_sync(pool, trainer)
+    in_worker(pool, victim, fault)
+    with torch.no_grad():
+        trainer.model.model.layers[0].self_attn.v_proj.weight.mul_(1.1)
+    push_weights(pool, trainer)  # the fingerprints are right
+    try:
+        with pytest.raises(WeightMismatch, match="log-probs of probe"):
+            verify_sync(pool, trainer)
+    finally:
+        in_worker(pool, victim, lambda worker: worker.mend())
+    verify_sync(pool, trainer)
+
+
+def test_each_worker_draws_all_probes_and_the_trainer_computes_once_what_is_equal(
+    pool, trainer, spec
+):
+    pool.actors.await_ready()
+    own, passes = trainer.completion_logprobs, []
+    trainer.completion_logprobs = lambda *given: passes.append(own(*given)) or passes[-1]
+    verify_sync(pool, trainer)
+    assert len(passes) == 1
+    probes = pool.probe(PROMPTS, 3)
+    [expected] = own_engine(trainer, spec).probe(PROMPTS, 3)
+    assert len(probes) == 2
+    for batch in probes:
+        assert batch.prompt_ids == PROMPTS
+        assert torch.equal(batch.completion_ids, expected.completion_ids)
+
+
 # --- workers that are lost -----------------------------------------------------------------------
 
 

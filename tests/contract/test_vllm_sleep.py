@@ -88,7 +88,8 @@ def test_nothing_is_asked_of_it_asleep_and_it_sleeps_after_each_draw(engine, cal
             assert calls[-1] == ("sleep", {"level": 1})
             assert engine._llm.llm_engine.is_sleeping()
     verify_sync(engine, side(model, 2))
-    assert engine._llm.llm_engine.is_sleeping()
+    assert not engine._llm.llm_engine.is_sleeping()  # the draw comes next
+    draw(engine)
     engine.fingerprint()
     asleep = False
     for name, _ in calls:
@@ -139,7 +140,8 @@ def test_a_wake_to_other_weights_is_mended_by_a_push_and_seen_after_it(engine, b
     draw(engine)
     with pytest.raises(WeightMismatch, match="changed since the last push"):
         draw(engine)
-    verify_sync(engine, side(moved(0.02), 2))  # its probes put it to sleep
+    verify_sync(engine, side(moved(0.02), 2))
+    draw(engine)
     with pytest.raises(WeightMismatch, match="changed since the last push"):
         draw(engine)
 

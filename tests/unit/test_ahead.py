@@ -55,6 +55,10 @@ class Watched:
         self.models.append(deepcopy(self._policy))
         return self._engine.generate(*asked)
 
+    def probe(self, *asked):
+        self.calls.append("probe")
+        return self._engine.probe(*asked)
+
     def load_weights(self, named_tensors, step):
         self.calls.append(f"load {step}")
         self._engine.load_weights(named_tensors, step)
@@ -192,6 +196,17 @@ def test_other_requests_are_not_answered_with_what_was_drawn_ahead(policy, reque
     engine.draw_ahead(requests[:1])
     other = ask(engine, requests[1])
     assert torch.equal(other.completion_ids, ask(engine_of(policy), requests[1]).completion_ids)
+    engine.close()
+
+
+def test_probes_come_after_what_is_being_drawn_and_take_nothing_from_it(policy, requests):
+    watched = Watched(policy)
+    engine = AheadEngine(watched)
+    engine.draw_ahead(requests)
+    [probes] = engine.probe(requests[0].prompt_ids, 2)
+    assert probes.completion_ids.shape == (2, 2)
+    ask(engine, requests[1])
+    assert watched.calls == ["generate", "generate", "probe"]
     engine.close()
 
 

@@ -8,7 +8,7 @@ import torch
 from common.errors import RunError
 from common.heavy import prepare_torchvision
 from rollout import Sampling, WeightMismatch, fingerprint_tensors
-from rollout.sync import ModelSide, verify_sync
+from rollout.sync import PROBE_TOKENS, ModelSide, verify_sync
 from rollout.transformers_engine import TransformersEngine
 from rollout.weights import merged_tensors
 
@@ -162,6 +162,21 @@ def test_an_adapter_applied_twice_is_caught():
         verify_sync(
             engine_of(twice.get_base_model()), ModelSide(wrapped, 1, PROMPTS, START, IMAGES)
         )
+
+
+def test_what_only_late_tokens_show_is_seen_by_whole_probes():
+    model = tiny()
+    side, engine = ModelSide(model, 1, PROMPTS, START, IMAGES), engine_of(tiny())
+    longest = max(map(len, PROMPTS))
+
+    def wrong(module, given, options, output):
+        if int(options["position_ids"].max()) >= longest + PROBE_TOKENS:
+            output.last_hidden_state = output.last_hidden_state * 1.1
+
+    engine.model.model.register_forward_hook(wrong, with_kwargs=True)
+    verify_sync(engine, side)
+    with pytest.raises(WeightMismatch, match="log-probs of probe"):
+        verify_sync(engine, side, length=LENGTH)
 
 
 def test_windowed_attention_is_refused():
