@@ -85,9 +85,11 @@ def refuse_missing_parts(recipe: "GrpoRecipe") -> None:
     from evals.suites import load_suite
     from policy import policy_path
     from policy.anatomy import read_anatomy
-    from rl.preflight import check_targets
+    from rl.preflight import check_targets, check_tiles
 
-    check_targets(recipe.policy.lora, read_anatomy(policy_path(recipe.policy.path)))
+    anatomy = read_anatomy(policy_path(recipe.policy.path))
+    check_targets(recipe.policy.lora, anatomy)
+    check_tiles(recipe, anatomy.latent_size, anatomy.parts["vae"].config)
     if recipe.evals.every:
         load_suite(recipe.evals.suite, recipe.evals.limit).from_prompts_alone()
 

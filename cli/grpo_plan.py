@@ -14,11 +14,12 @@ def plan_grpo(recipe: "GrpoRecipe") -> dict[str, Any]:
     from cli.policy_folder import find_anatomy
     from rl.flops import grpo_flops
     from rl.memory import grpo_memory, trained_parameters, vllm_pictures
-    from rl.preflight import check_targets
+    from rl.preflight import check_targets, check_tiles
     from rl.sizing import with_training
 
     anatomy = find_anatomy(recipe.policy.path)
     check_targets(recipe.policy.lora, anatomy)
+    check_tiles(recipe, anatomy.latent_size, anatomy.parts["vae"].config)
     work = grpo_flops(recipe, anatomy)
     stages = ("sampling", "scoring", "diffusion", "autoencoder", "update")
     resident = grpo_memory(recipe, anatomy).resident

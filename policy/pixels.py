@@ -1,13 +1,17 @@
-"""Between pictures and pixel tensors."""
+"""Between pictures, pixel tensors and latents."""
+
+import copy
 
 import numpy as np
 import torch
+from diffusers import AutoencoderDC
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
 from data.pictures import centre_square
 from policy.config import PolicyConfig
+from policy.tiling import check_tile, stride_of
 
 
 def to_images(pixels: Tensor) -> list[Image.Image]:
@@ -46,3 +50,19 @@ def square(pixels: Tensor, side: int, crop: bool = True) -> Tensor:
         return pixels
     size = (side, side)
     return F.interpolate(pixels, size, mode="bilinear", antialias=True, align_corners=False)
+
+
+def decode_latents(vae: AutoencoderDC, latents: Tensor, tile: int | None = None) -> Tensor:
+    """Return pixels [B, 3, H, W] in [0, 1] of scaled latents [B, C, S, S].
+
+    `tile` (pixels, `policy.tiling`): decode in tiles of this side, for less memory; None: whole.
+    """
+    latents = latents.contiguous(memory_format=torch.channels_last)  # faster convolutions
+    if tile is not None:
+        ratio = vae.spatial_compression_ratio
+        check_tile("tile", tile, latents.shape[-1], ratio)
+        stride = stride_of(tile, ratio)
+        vae = copy.copy(vae)  # the same weights; other threads and calls decode as they did
+        vae.enable_tiling(tile, tile, stride, stride)
+    pixels = vae.decode(latents / vae.config.scaling_factor).sample
+    return (pixels.float() / 2 + 0.5).clamp(0, 1)

@@ -20,7 +20,7 @@ from policy.config import ROUTES, PolicyConfig
 from policy.connector import Connector
 from policy.diffusion import sample_latents
 from policy.image_tokenizer import ImageTokenizer
-from policy.pixels import square, to_images
+from policy.pixels import decode_latents, square, to_images
 from policy.prompts import PromptEncoder, check_length, prompt_text
 from policy.quiet import quiet_libraries, refused_as
 from policy.sampling import ImageTokenSampler, Sampling, evaluation_mode, left_pad
@@ -284,6 +284,7 @@ class Policy(nn.Module):
         guidance: float | None = None,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         compiled: bool = False,
+        tile: int | None = None,
         references: Tensor | None = None,
         routes: Sequence[str] | None = None,
         seed: int | None = None,
@@ -292,7 +293,8 @@ class Policy(nn.Module):
 
         Give the initial `noise` [B, C, S, S] or a `seed` from which one is drawn per row.
         `references` [B or 1, 3, H, W] in [-1, 1] reach the head by `routes` (default: the
-        policy's), a subset of `policy.config.ROUTES`. The rest is that of `sample_latents`.
+        policy's), a subset of `policy.config.ROUTES`. `tile` is that of `decode_latents`. The rest
+        is that of `sample_latents`.
         """
         if noise is None:
             noise = self.noise([counter_seed(seed or 0, "noise", i) for i in range(len(hidden))])
@@ -314,9 +316,7 @@ class Policy(nn.Module):
             compiled=compiled,
             reference_latents=latents if "noise_space" in routes else None,
         )
-        latents = latents.contiguous(memory_format=torch.channels_last)  # faster convolutions
-        pixels = self.vae.decode(latents / self.vae.config.scaling_factor).sample
-        return (pixels.float() / 2 + 0.5).clamp(0, 1)
+        return decode_latents(self.vae, latents, tile)
 
     def _routes(self, references: Tensor | None, routes: Sequence[str] | None) -> Sequence[str]:
         if references is None:

@@ -204,6 +204,14 @@ class DecodeEvalSection(Section):
             "the others cost half."
         ),
     ] = (0.0, 1.0)
+    tile: Annotated[
+        int | None,
+        Field(
+            ge=1,
+            description="Side in pixels of the tiles in which the autoencoder decodes, for less "
+            "memory and, where it attends to the whole picture, another one; null = no tiles.",
+        ),
+    ] = None
 
     @model_validator(mode="after")
     def _interval_rises(self) -> Self:

@@ -24,7 +24,8 @@ class DecodeCheck:
     """Compares every `every` steps, on the first `prompts` groups, with the decoding `full`.
 
     Below the rank correlation `limit`, the sampler's decoding gets twice the steps, up to those of
-    `full`; with as many steps, its guidance and interval. What was found is appended to `events`.
+    `full`; with as many steps, its guidance, interval and tiles. What was found is appended to
+    `events`.
     """
 
     every: int
@@ -69,6 +70,7 @@ class DecodeCheck:
                 "steps": sampler.decode.steps,
                 "guidance": sampler.decode.guidance,
                 "guidance_interval": sampler.decode.guidance_interval,
+                "tile": sampler.decode.tile,
             }
         )
 
@@ -77,7 +79,12 @@ def raised(used: Decode, full: Decode) -> Decode:
     """Return the next better decoding than `used` on the way to `full`; `used` if there is none."""
     if used.steps < full.steps:
         return replace(used, steps=min(2 * used.steps, full.steps))
-    return replace(used, guidance=full.guidance, guidance_interval=full.guidance_interval)
+    return replace(
+        used,
+        guidance=full.guidance,
+        guidance_interval=full.guidance_interval,
+        tile=full.tile,
+    )
 
 
 def rank_correlations(
@@ -105,11 +112,12 @@ def decode_of_journal(rows: Sequence[dict[str, Any]], start: Decode) -> Decode:
     checks = [row for row in rows if row.get("event") == "decode_check"]
     if not checks:
         return start
-    # Journals of earlier versions have no interval, for a check could not change it.
+    # Journals of earlier versions have no interval and no tile, for a check could not change them.
     low, high = checks[-1].get("guidance_interval", start.guidance_interval)
     return replace(
         start,
         steps=checks[-1]["steps"],
         guidance=checks[-1]["guidance"],
         guidance_interval=(low, high),
+        tile=checks[-1].get("tile", start.tile),
     )

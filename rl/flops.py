@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from policy.anatomy import Anatomy, Part
+from policy.tiling import pixels_per_cell, tile_sides
 from recipes.schema_common import LoraSection
 from recipes.schema_grpo import GrpoRecipe
 
@@ -54,7 +55,7 @@ def grpo_flops(recipe: GrpoRecipe, anatomy: Anatomy) -> Flops:
         diffusion=connector_flops(anatomy)
         + condition_flops(anatomy)
         + calls * (head_flops(anatomy) - condition_flops(anatomy)),
-        autoencoder=decoder_flops(anatomy.parts["vae"], anatomy.latent_size),
+        autoencoder=autoencoder_flops(anatomy, decode.tile),
         update=reference + update_flops(ar, prompt + tokens, tokens, codes, recipe.policy.lora),
     )
 
@@ -174,6 +175,16 @@ def head_products_flops(head: Part, rows: int, cells: int) -> int:
 
 
 # --- image codecs --------------------------------------------------------------------------------
+
+
+def autoencoder_flops(anatomy: Anatomy, tile: int | None) -> int:
+    """Decode one picture, whole or in tiles: what they share is decoded more than once."""
+    vae, size = anatomy.parts["vae"], anatomy.latent_size
+    whole = decoder_flops(vae, size)
+    if tile is None:
+        return whole
+    covered = sum(tile_sides(size, tile, pixels_per_cell(vae.config)))
+    return whole * covered**2 // size**2
 
 
 def decoder_flops(vae: Part, latent_size: int) -> int:

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from policy.anatomy import Anatomy, Part
+from policy.tiling import pixels_per_cell, tile_sides
 from recipes.schema_common import LoraSection
 from recipes.schema_grpo import GrpoRecipe
+from recipes.schema_rollout import DecodeEvalSection
 from rl.flops import adapter_parameters
 
 SAMPLER_ROWS = 256
@@ -83,8 +85,6 @@ def grpo_memory(recipe: GrpoRecipe, anatomy: Anatomy, sharding: Sharding | None 
     own = width if lora is None or sharding.stage else SINGLE
     tile = min(micro * anatomy.num_tokens, LOGIT_ROWS)
     tile *= min(anatomy.num_image_tokens, LOGIT_COLUMNS)
-    decode = recipe.decode.train
-    branches = 1 if decode.guidance == 1 else 2
     hidden = int(ar.config["hidden_size"])
     conditions = images * (1 + anatomy.num_tokens) * hidden * width
     kept = micro * activations(ar, length, width, lora, own)
@@ -94,10 +94,7 @@ def grpo_memory(recipe: GrpoRecipe, anatomy: Anatomy, sharding: Sharding | None 
             "sampling": _sampling(recipe, anatomy, images),
             "scoring": tile * (width + FORWARD_TILE),
             "decoding": conditions
-            + max(
-                head_buffers(anatomy, micro, branches, width),
-                autoencoder_buffers(anatomy, micro, width, "decoder"),
-            ),
+            + max(decoding(anatomy, section, micro, width) for section in decodings(recipe)),
             "update": kept
             + tile * (width + BACKWARD_TILE)
             # The head's gradient is added up in float32.
@@ -245,6 +242,22 @@ def _adapter_inputs(targets: set[str], inputs: dict[str, int], width: int, own: 
 # --- decoding ------------------------------------------------------------------------------------
 
 
+def decodings(recipe: GrpoRecipe) -> list[DecodeEvalSection]:
+    """Return the ways in which a run decodes: evaluation's too, if it evaluates or checks."""
+    section = recipe.decode
+    both = recipe.evals.every or section.check.every
+    return [section.train, section.eval] if both else [section.train]
+
+
+def decoding(anatomy: Anatomy, section: DecodeEvalSection, pictures: int, width: int) -> int:
+    """Return the bytes of what renders `pictures` of them at a time, head or autoencoder."""
+    branches = 1 if section.guidance == 1 else 2
+    return max(
+        head_buffers(anatomy, pictures, branches, width),
+        autoencoder_buffers(anatomy, pictures, width, "decoder", section.tile),
+    )
+
+
 def head_buffers(anatomy: Anatomy, pictures: int, branches: int, width: int) -> int:
     """Return the bytes of the denoiser, at the most; `branches` is 2 with guidance.
 
@@ -261,20 +274,28 @@ def head_buffers(anatomy: Anatomy, pictures: int, branches: int, width: int) -> 
     return math.ceil(width * (inside + kept * (pictures + branches - 1)))
 
 
-def autoencoder_buffers(anatomy: Anatomy, pictures: int, width: int, side: str) -> int:
+def autoencoder_buffers(
+    anatomy: Anatomy, pictures: int, width: int, side: str, tile: int | None = None
+) -> int:
     """Return the bytes inside the autoencoder's `side`, encoder or decoder, at the most.
 
     A residual block at its norm, beside what came into the stage: the block's input and result
-    with a float32 copy and its square, or with the normed and the scaled result.
+    with a float32 copy and its square, or with the normed and the scaled result. In tiles: those of
+    one, beside the pixels of all.
     """
     config = anatomy.parts["vae"].config
+    size, blended = anatomy.latent_size, 0
+    if tile is not None:
+        ratio = pixels_per_cell(config)
+        blended = 3 * width * (ratio * sum(tile_sides(size, tile, ratio))) ** 2
+        size = tile // ratio
     channels, layers = config[f"{side}_block_out_channels"], config[f"{side}_layers_per_block"]
     stages = len(channels)
     most = 0
     for stage, blocks in enumerate(layers):
         if not blocks:
             continue
-        cells = (anatomy.latent_size << (stages - 1 - stage)) ** 2
+        cells = (size << (stages - 1 - stage)) ** 2
         here = channels[stage] * cells * (2 * width + max(2 * width, 2 * SINGLE))
         came_in = 0
         if side == "encoder":
@@ -282,4 +303,4 @@ def autoencoder_buffers(anatomy: Anatomy, pictures: int, width: int, side: str) 
         elif stage + 1 < stages:
             came_in = width * channels[stage + 1] * cells // 4
         most = max(most, here + came_in)
-    return pictures * most
+    return pictures * (most + blended)

@@ -1,14 +1,16 @@
 """What would stop a run, found before anything is loaded; `atelier check` asks the same."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from shutil import which
+from typing import Any
 
 from common.errors import RecipeError, RunError
 from common.registry import nearest
 from policy.anatomy import Anatomy
+from policy.tiling import check_tile, pixels_per_cell
 from recipes.schema_common import LoraSection
 from recipes.schema_grpo import GrpoRecipe
 from recipes.schema_pretrain import PretrainRecipe
@@ -59,6 +61,14 @@ def check_targets(lora: LoraSection | None, anatomy: Anatomy) -> None:
                 f"policy.lora.targets: the model's layers have no linear map `{target}`.\n"
                 f"    Fix: {fix}"
             )
+
+
+def check_tiles(recipe: GrpoRecipe, latent_size: int, vae_config: Mapping[str, Any]) -> None:
+    """Raise RecipeError for tiles in which the policy's autoencoder cannot decode its pictures."""
+    ratio = pixels_per_cell(vae_config)
+    for name, section in (("train", recipe.decode.train), ("eval", recipe.decode.eval)):
+        if section.tile is not None:
+            check_tile(f"decode.{name}.tile", section.tile, latent_size, ratio)
 
 
 def check_context(context: int, taken: int) -> None:

@@ -40,6 +40,7 @@ from rl.preflight import (
     check_replay,
     check_replayed_rewards,
     check_save_to,
+    check_tiles,
     check_whole_batch,
 )
 from rl.provenance import with_stage
@@ -108,6 +109,7 @@ def _run(
     check_processes(recipe, process_count())
     with quiet_libraries(), ExitStack() as parts:
         policy = load_policy(recipe)
+        check_tiles(recipe, policy.config.latent_size, policy.vae.config)
         start = policy_hash(policy) if main else ""
         lora = lora_config(recipe.policy.lora, policy) if recipe.policy.lora else None
         records = records_of_run(recipe)
@@ -310,7 +312,7 @@ def _sync(policy: Policy, engine: Engine, adapter: bool, tolerance: float) -> Sy
 def decoding(recipe: GrpoRecipe, section: DecodeEvalSection, shared_noise: bool = True) -> Decode:
     """Return a section of the recipe as the decode stage takes it."""
     interval, compiled = section.guidance_interval, recipe.decode.compile
-    return Decode(section.steps, section.guidance, shared_noise, interval, compiled)
+    return Decode(section.steps, section.guidance, shared_noise, interval, compiled, section.tile)
 
 
 def _decode_check(recipe: GrpoRecipe, events: Events) -> DecodeCheck | None:

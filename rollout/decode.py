@@ -24,6 +24,8 @@ class Decode:
     """Noise levels at which there is guidance (`policy.diffusion.sample_latents`)."""
     compiled: bool = False
     """True: the head's steps go through torch.compile."""
+    tile: int | None = None
+    """Side in pixels of the tiles in which the autoencoder decodes; None: whole pictures."""
 
 
 Render = Callable[[Tensor, Sequence[int], Decode], list[Image.Image]]
@@ -45,6 +47,7 @@ def rendered(
             guidance=decode.guidance,
             guidance_interval=decode.guidance_interval,
             compiled=decode.compiled,
+            tile=decode.tile,
         )
     )
 

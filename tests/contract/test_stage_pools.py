@@ -27,7 +27,7 @@ from rollout.reward_pool import RewardPool
 from rollout.timeline import busy_seconds
 
 COUNT = 12
-DECODE = Decode(steps=2, guidance=1.5)
+DECODE = Decode(steps=2, guidance=1.5, tile=32)
 SEEDS = [7, 7, 7, 8, 8, 8, 9, 9, 9, 10, 10, 10]
 PLACES = [
     Placement(section, 2, cpus=0.3, timeout_s=240) for section in ("decode", "rewards", "rollout")

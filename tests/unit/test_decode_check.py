@@ -40,13 +40,15 @@ def test_rank_correlation_within_groups(cheap, full, expected):
 
 
 def test_steps_double_up_to_full_decoding_and_then_comes_its_guidance():
-    steps, full = [Decode(1, 1.0, shared_noise=False)], replace(FULL, guidance_interval=(0.2, 0.9))
+    start = Decode(1, 1.0, shared_noise=False, tile=24)
+    steps, full = [start], replace(FULL, guidance_interval=(0.2, 0.9))
     while (better := raised(steps[-1], full)) != steps[-1]:
         steps.append(better)
     assert [(decode.steps, decode.guidance) for decode in steps] == [
         (1, 1.0), (2, 1.0), (4, 1.0), (6, 1.0), (6, 2.0),
     ]  # fmt: skip
     assert steps[-1].guidance_interval == (0.2, 0.9)
+    assert [decode.tile for decode in steps] == [24, 24, 24, 24, None]
     assert not any(decode.shared_noise for decode in steps)
 
 
@@ -61,6 +63,10 @@ def test_a_run_goes_on_with_the_decoding_it_had_reached():
     assert decode_of_journal([*rows, {"step": 9}], start) == reached
     earlier = {"event": "decode_check", "steps": 2, "guidance": 1.0}
     assert decode_of_journal([earlier], start) == Decode(2, 1.0)
+    in_tiles = [earlier | {"tile": tile} for tile in (24, None)]
+    assert decode_of_journal(in_tiles[:1], start) == Decode(2, 1.0, tile=24)
+    assert decode_of_journal(in_tiles, replace(start, tile=24)) == Decode(2, 1.0)
+    assert decode_of_journal([earlier], replace(start, tile=24)) == Decode(2, 1.0, tile=24)
 
 
 class Redness:
@@ -109,6 +115,7 @@ def test_full_decoding_is_not_compared_with_itself(policy, tmp_path):
     check = DecodeCheck(1, 1.0, 2, FULL, [])
     assert check.due(3, Decode(6, 1.0))
     assert not check.due(3, Decode(6, 2.0))
+    assert check.due(3, Decode(6, 2.0, tile=24))
     assert not DecodeCheck(2, 1.0, 2, FULL, []).due(3, Decode(1, 1.0))
 
 

@@ -1,6 +1,8 @@
 """Bytes, compared with what PyTorch really holds: saved tensors, optimizer states, the cache, and
 the peak that torch's own tracker sees."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.distributed._tools.mem_tracker import MemTracker
@@ -10,6 +12,7 @@ from policy import Policy, base_path
 from policy.anatomy import Part, read_anatomy
 from policy.denoiser import Denoiser
 from policy.grouped_attention import GroupCache
+from policy.pixels import decode_latents
 from policy.published import published_anatomy
 from policy.sampling import ImageTokenSampler, Sampling
 from recipes import load_recipe
@@ -205,6 +208,45 @@ def test_published_decoding_buffers(published, bfloat16_by_default):
     assert memory.autoencoder_buffers(published, 1, 2, "decoder") == pytest.approx(
         in_decoder, rel=0.01
     )
+
+
+class Tiled(torch.nn.Module):
+    """Decoding as a module: inside one, the tracker lets the decoder be called for each tile."""
+
+    def __init__(self, vae, tile: int) -> None:
+        super().__init__()
+        self.vae, self.tile = vae, tile
+
+    def forward(self, latents: torch.Tensor) -> torch.Tensor:
+        return decode_latents(self.vae, latents, self.tile)
+
+
+def test_decoding_buffers_in_tiles(published):
+    """384 px, the proportions of the published autoencoder at an eighth of its width."""
+    from diffusers import AutoencoderDC
+
+    from policy.published import DC_AE
+
+    widths = [count // 8 for count in DC_AE["decoder_block_out_channels"]]
+    layers = dict.fromkeys(("encoder_layers_per_block", "decoder_layers_per_block"), [1] * 6)
+    channels = dict.fromkeys(("encoder_block_out_channels", "decoder_block_out_channels"), widths)
+    config = DC_AE | layers | channels
+    decoder, latents = Tiled(AutoencoderDC(**config), 256), torch.zeros(1, 32, 12, 12)
+    measured = peak_of(decoder, lambda: decoder(latents))
+    small = replace(published, latent_size=12, parts=published.parts | {"vae": Part({}, config)})
+    expected = memory.autoencoder_buffers(small, 1, memory.SINGLE, "decoder", 256)
+    assert expected == pytest.approx(measured, rel=0.1)
+
+
+def test_decoding_in_tiles_needs_less_where_all_decoding_of_a_run_is_in_tiles(published):
+    def needed(*changes: str) -> int:
+        recipe = recipe_of("blip3o-next-3b/grpo-geneval", *changes)
+        return memory.grpo_memory(recipe, published).phases["decoding"]
+
+    whole, train, both = needed(), "decode.train.tile=512", "decode.eval.tile=512"
+    assert needed(train) == whole  # the held-out pictures are decoded whole
+    assert needed(train, "evals.every=0", "decode.check.every=5") == whole
+    assert needed(train, both) == needed(train, "evals.every=0") < whole / 3
 
 
 def test_logits_of_an_update():
