@@ -27,9 +27,8 @@ PORT = 6379
 WORKERS = ("rollout.workers=2", "train.steps=6")
 # Ray asks for 65 s before it gives up a machine that does not answer.
 IMPATIENT = {
-    "RAY_health_check_initial_delay_ms": "0",
     "RAY_health_check_period_ms": "500",
-    "RAY_health_check_timeout_ms": "1000",
+    "RAY_health_check_timeout_ms": "2000",
 }
 
 
@@ -45,18 +44,15 @@ def cluster(environment) -> Iterator[Network]:
     """Three hosts with a Ray node each: the trainer's with the head, and the workers'."""
     # Not pytest's folder: the path of a socket must be short.
     with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as folder, network(3) as hosts:
-        head, *others = hosts.hosts
         common = ("--disable-usage-stats", "--include-log-monitor=false")
-        joined = (f"--address={head.address}:{PORT}", "--num-cpus=1")
-        there = ("--resources", json.dumps({"there": 1}))
-        first = ("--head", f"--port={PORT}", "--num-cpus=0", "--include-dashboard=false")
-        for nodes, role in (([head], first), (others, (*joined, *there))):
-            starts = []
-            for node in nodes:
-                own = f"--temp-dir={folder}/{node.name}"
-                command = node.command(RAY, "start", *role, *common, own)
-                starts.append(subprocess.Popen(command, env=environment))
-            assert [start.wait(120) for start in starts] == [0] * len(nodes)
+        head = ("--head", f"--port={PORT}", "--num-cpus=0", "--include-dashboard=false")
+        address = f"--address={hosts.hosts[0].address}:{PORT}"
+        other = (address, "--num-cpus=1", "--resources", json.dumps({"there": 1}))
+        # One after the other: Ray gives a node 30 s to start.
+        for host, role in zip(hosts.hosts, (head, other, other), strict=True):
+            own = f"--temp-dir={folder}/{host.name}"
+            command = host.command(RAY, "start", *role, *common, own)
+            subprocess.run(command, env=environment, check=True)
         yield hosts
 
 
