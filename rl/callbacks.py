@@ -34,6 +34,11 @@ _LOGGED = {
     "sampling/importance_sampling_ratio/mean": "importance_ratio_mean",
 }
 _REASONS = 3
+_AT_ONCE: dict[int, Any] = {
+    signal.SIGINT: signal.default_int_handler,
+    signal.SIGTERM: signal.SIG_DFL,
+}
+"""What a process does with a signal unless it was told otherwise."""
 
 
 class JournalCallback(TrainerCallback):
@@ -198,7 +203,10 @@ class InterruptCallback(TrainerCallback):
 
         def note(number: int, frame: Any) -> None:
             self.interrupted = True
-            signal.signal(number, self._before[number])
+            before = self._before[number]
+            # A script's background processes ignore Ctrl-C; this one has just heard it.
+            ignored = before is signal.SIG_IGN
+            signal.signal(number, _AT_ONCE[number] if ignored else before)
             self._progress.line(
                 "stopping after this step; interrupt again to stop at once, without its checkpoint"
             )

@@ -8,11 +8,12 @@ recipe that saved them, a run's updates are the same to the last bit.
 import dataclasses
 import json
 from collections.abc import Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from common.atomic import write_text
 from common.processes import process_count
@@ -40,13 +41,17 @@ def save_rollout(
     for number, image in enumerate(rollout.images):
         image.save(file.parent / "images" / f"{number:04d}.png")
     tensors = {name: getattr(rollout, name).cpu().contiguous() for name in _TENSORS}
-    save_file(tensors, tokens_file(folder, step, process))
+    tokens = save(tensors)
+    tokens_file(folder, step, process).write_bytes(tokens)
     samples = [
         {"prompt": prompt, "prompt_ids": ids, "score": dataclasses.asdict(scored)}
         for prompt, ids, scored in zip(prompts, rollout.prompt_ids, rollout.scores, strict=True)
     ]
     # What a reward tells beyond its scores may be anything; it is kept as text.
     facts = {
+        "step": step,
+        "process": process,
+        "tokens_sha256": sha256(tokens).hexdigest(),
         "processes": process_count(),
         "sampling": dataclasses.asdict(sampling),
         "policy_lag": policy_lag,

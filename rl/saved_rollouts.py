@@ -3,10 +3,10 @@
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
-
-from safetensors import SafetensorError, safe_open
 
 from common.errors import RunError
 from data.prompts import records_of_run
@@ -24,13 +24,18 @@ def tokens_file(folder: Path, step: int, process: int) -> Path:
 
 
 def refuse_used(folder: Path) -> None:
-    """Raise RunError if a folder to save to cannot be made or holds an earlier run's rollouts."""
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    if not there.is_dir():
+    """Raise RunError if a folder to save to cannot be written or holds an earlier run's rollouts.
+
+    Nothing is left there.
+    """
+    try:
+        there = next(path for path in (folder, *folder.parents) if path.exists())
+        TemporaryFile(dir=there).close()
+    except OSError as error:
         raise RunError(
-            f"rollouts cannot be saved to {folder}: {there} is a file.\n"
-            "    Fix: give --save-rollouts a new folder."
-        )
+            f"rollout.save_to: rollouts cannot be saved to {folder}: {error.strerror}.\n"
+            "    Fix: give --save-rollouts a new folder where you may write."
+        ) from error
     if any(folder.glob("step-*")):
         raise RunError(
             f"{folder} holds saved rollouts already.\n    Fix: give --save-rollouts a new folder."
@@ -40,17 +45,18 @@ def refuse_used(folder: Path) -> None:
 def read_samples(folder: Path, step: int, process: int, prompts: Sequence[str]) -> dict[str, Any]:
     """Return what a step's `samples.json` holds, and see that its tensors are there in full.
 
-    Raises RunError where one of the two files is missing or damaged, or of an earlier version, and
-    where the samples are not of these prompts.
+    Raises RunError where one of the two files is missing or damaged, of another step or process, or
+    of an earlier version, and where the samples are not of these prompts.
     """
     saved = _read(folder, step, process)
+    with _refused(tokens_file(folder, step, process)) as file:
+        if sha256(file.read_bytes()).hexdigest() != saved["tokens_sha256"]:
+            raise ValueError("it is not the file that was saved beside samples.json")
     if [sample["prompt"] for sample in saved["samples"]] != list(prompts):
         raise RunError(
             f"{folder} holds samples of other prompts than this recipe draws (step {step}).\n"
             "    Fix: replay with prompts, seed and group size of the run that saved them."
         )
-    with _refused(tokens_file(folder, step, process)) as file, safe_open(file, "numpy"):
-        pass  # opening compares the size with the header
     return saved
 
 
@@ -104,11 +110,14 @@ def _read(folder: Path, step: int = 0, process: int = 0) -> dict[str, Any]:
         saved: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(saved, dict) or "samples" not in saved:
             raise ValueError("it does not hold the samples of a step")
-    if not saved.keys() >= {"processes", "sampling", "policy_lag"}:
-        raise RunError(
-            f"the rollouts of {folder} do not say how they were sampled: an earlier version saved "
-            "them.\n    Fix: save them anew."
-        )
+        facts = {"step", "process", "processes", "sampling", "policy_lag", "tokens_sha256"}
+        if not saved.keys() >= facts:
+            raise RunError(
+                f"the rollouts of {folder} do not say all that a replay needs: an earlier "
+                "version saved them.\n    Fix: save them anew."
+            )
+        if (saved["step"], saved["process"]) != (step, process):
+            raise ValueError(f"it is of step {saved['step']}, process {saved['process']}")
     return saved
 
 
@@ -117,7 +126,7 @@ def _refused(file: Path) -> Iterator[Path]:
     """Turn what reading a missing or damaged file raises into a RunError."""
     try:
         yield file
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError) as error:
         raise RunError(
-            f"{file} cannot be read: {error}\n    Fix: copy the saved rollouts again, or save anew."
+            f"{file} cannot be used: {error}\n    Fix: copy the saved rollouts again, or save anew."
         ) from error

@@ -350,6 +350,20 @@ def test_the_first_signal_is_noted_and_the_second_acts(number):
     assert signal.getsignal(number) == before
 
 
+def test_a_run_that_a_script_began_in_the_background_hears_a_second_interrupt():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    callback = InterruptCallback(SilentProgress())
+    try:
+        callback.on_train_begin(None, None, None)
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        callback.give_back()
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_signals_are_given_back_when_training_fails(policy_folder, tmp_path, monkeypatch):
     from rl.grpo import ImageGRPOTrainer
     from rl.run import train

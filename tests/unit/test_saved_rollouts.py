@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_policy import write_recipe
 
 from common.errors import RunError
 from data.prompts import records_of_run
 from policy.sampling import Sampling
 from recipes import load_recipe
+from recipes.schema_grpo import GrpoRecipe
 from rewards.composition import Composition
 from rewards.runner import Scored
 from rewards.spec import Gate, RewardSpec
@@ -50,6 +52,17 @@ def test_a_replay_counts_saved_scores_by_its_own_recipe(tmp_path, red, blue, tot
         assert (one.counted is None) == (total is None)
 
 
+def saved_run(tmp_path: Path, policy_folder: Path) -> tuple[GrpoRecipe, Path]:
+    """A recipe of two steps and the folder of their rollouts."""
+    recipe = load_recipe(str(write_recipe(tmp_path, policy_folder)), ["train.steps=2"]).recipe
+    folder, drawn = tmp_path / "saved", records_of_run(recipe)
+    for step in range(2):
+        prompts = [r["prompt"] for r in drawn[4 * step :][:4] for _ in range(4)]
+        saved(folder, [{"red": 0.5 + step}] * 16, step, prompts)
+    check_saved(folder, recipe, 1)
+    return recipe, folder
+
+
 @pytest.mark.parametrize(
     ("name", "left"),
     [(name, left) for name in ("samples.json", "tokens.safetensors") for left in (0, 40, -1)]
@@ -57,18 +70,13 @@ def test_a_replay_counts_saved_scores_by_its_own_recipe(tmp_path, red, blue, tot
 )
 def test_a_damaged_file_of_any_step_is_told_before_the_run(tmp_path, policy_folder, name, left):
     """Missing, or with the first bytes alone."""
-    recipe = load_recipe(str(write_recipe(tmp_path, policy_folder)), ["train.steps=2"]).recipe
-    folder, drawn = tmp_path / "saved", records_of_run(recipe)
-    for step in range(2):
-        prompts = [r["prompt"] for r in drawn[4 * step :][:4] for _ in range(4)]
-        saved(folder, [{"red": 0.5}] * 16, step, prompts)
-    check_saved(folder, recipe, 1)
+    recipe, folder = saved_run(tmp_path, policy_folder)
     file = folder / "step-000001-0" / name
     whole = file.read_bytes()
     file.unlink()
     if left is not None:
         file.write_bytes(whole[:left])
-    with pytest.raises(RunError, match=rf"step-000001-0/{name} cannot be read: (?s:.*)Fix: copy"):
+    with pytest.raises(RunError, match=rf"step-000001-0/{name} cannot be used: (?s:.*)Fix: copy"):
         check_saved(folder, recipe, 1)
 
 
@@ -78,13 +86,41 @@ def test_a_file_of_something_else_is_told_before_the_run(tmp_path, policy_folder
     prompts = [r["prompt"] for r in records_of_run(recipe) for _ in range(4)]
     saved(tmp_path / "saved", [{"red": 0.5}] * 16, 0, prompts)
     (tmp_path / "saved" / "step-000000-0" / "samples.json").write_text(text)
-    with pytest.raises(RunError, match=r"samples\.json cannot be read: it does not hold"):
+    with pytest.raises(RunError, match=r"samples\.json cannot be used: it does not hold"):
         check_saved(tmp_path / "saved", recipe, 1)
 
 
-def test_a_file_is_no_folder_to_save_rollouts_to(tmp_path):
+def test_steps_that_changed_places_are_told_before_the_run(tmp_path, policy_folder):
+    recipe, folder = saved_run(tmp_path, policy_folder)
+    one, other = folder / "step-000000-0", folder / "step-000001-0"
+    aside = folder / "aside"
+    one.rename(aside), other.rename(one), aside.rename(other)
+    with pytest.raises(RunError, match=r"0000-0/samples.json cannot be used: it is of step 1"):
+        check_saved(folder, recipe, 1)
+
+
+def test_tokens_that_were_edited_are_told_before_the_run_and_at_their_step(tmp_path, policy_folder):
+    recipe, folder = saved_run(tmp_path, policy_folder)
+    file = folder / "step-000001-0" / "tokens.safetensors"
+    edited = {name: tensor + 1 for name, tensor in load_file(file).items()}
+    save_file(edited, file)
+    told = r"0001-0/tokens.safetensors cannot be used: it is not the file that was saved beside"
+    with pytest.raises(RunError, match=told):
+        check_saved(folder, recipe, 1)
+    with pytest.raises(RunError, match=told):
+        load_rollout(folder, [], Composition({}), 1, 0, torch.device("cpu"))
+
+
+def test_a_folder_to_save_rollouts_to_can_be_written(tmp_path):
     (tmp_path / "notes").write_text("")
-    for folder in (tmp_path / "notes", tmp_path / "notes" / "deeper"):
-        with pytest.raises(RunError, match=r"notes is a file\.\n    Fix: give --save-rollouts"):
+    told = r"rollout\.save_to: .* saved to {}: {}\.\n    Fix: give --save-rollouts a new folder"
+    for folder, why in (
+        (tmp_path / "notes", "Not a directory"),
+        (tmp_path / "notes" / "deeper", "Not a directory"),
+        # Not even root may write there.
+        (Path("/proc/rollouts"), "No such file or directory"),
+    ):
+        with pytest.raises(RunError, match=told.format(folder, why)):
             refuse_used(folder)
     refuse_used(tmp_path / "new" / "deeper")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes"]
