@@ -34,11 +34,6 @@ _LOGGED = {
     "sampling/importance_sampling_ratio/mean": "importance_ratio_mean",
 }
 _REASONS = 3
-_AT_ONCE: dict[int, Any] = {
-    signal.SIGINT: signal.default_int_handler,
-    signal.SIGTERM: signal.SIG_DFL,
-}
-"""What a process does with a signal unless it was told otherwise."""
 
 
 class JournalCallback(TrainerCallback):
@@ -203,16 +198,15 @@ class InterruptCallback(TrainerCallback):
 
         def note(number: int, frame: Any) -> None:
             self.interrupted = True
-            before = self._before[number]
-            # A script's background processes ignore Ctrl-C; this one has just heard it.
-            ignored = before is signal.SIG_IGN
-            signal.signal(number, _AT_ONCE[number] if ignored else before)
+            signal.signal(number, self._before[number])
             self._progress.line(
                 "stopping after this step; interrupt again to stop at once, without its checkpoint"
             )
 
         for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, note)
+            # What a script starts with & ignores Ctrl-C, which is meant for others.
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self._before[number] = signal.signal(number, note)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Ask for a checkpoint and the end of training."""

@@ -83,7 +83,7 @@ def raised(used: Decode, full: Decode) -> Decode:
         used,
         guidance=full.guidance,
         guidance_interval=full.guidance_interval,
-        tile=full.tile,
+        tile=used.tile and full.tile,  # whole pictures are never cut
     )
 
 

@@ -184,11 +184,12 @@ def sampler_rows(recipe: GrpoRecipe, images: int) -> int:
 
 def _sampling(recipe: GrpoRecipe, anatomy: Anatomy, images: int) -> int:
     width, ar = width_of(recipe), anatomy.parts["ar"]
-    if recipe.rollout.workers:
+    workers, shared = recipe.rollout.workers, recipe.rollout.transfer == "ipc"
+    if workers and not shared:
         return 0  # they sample on GPUs of their own
     if recipe.rollout.engine == "vllm":
         # Its logits are of the whole vocabulary; weights and cache are resident unless it sleeps.
-        rows = min(images, vllm_pictures(recipe, anatomy))
+        rows = min(images, max(1, workers) * vllm_pictures(recipe, anatomy))
         woken = sum(_vllm(recipe, anatomy).values()) if recipe.rollout.vllm.sleep else 0
         return woken + 3 * SINGLE * rows * int(ar.config["vocab_size"])
     rows = sampler_rows(recipe, images)

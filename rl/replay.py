@@ -8,7 +8,6 @@ recipe that saved them, a run's updates are the same to the last bit.
 import dataclasses
 import json
 from collections.abc import Sequence
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from policy.sampling import Sampling
 from rewards.composition import Composition
 from rewards.runner import Scored
 from rl.rollouts import Rollout
-from rl.saved_rollouts import read_samples, samples_file, tokens_file
+from rl.saved_rollouts import read_samples, samples_file, tokens_checksum, tokens_file
 
 _TENSORS = ("completion_ids", "behaviour_logprobs", "logprobs")
 
@@ -51,7 +50,7 @@ def save_rollout(
     facts = {
         "step": step,
         "process": process,
-        "tokens_sha256": sha256(tokens).hexdigest(),
+        "tokens_sha256": tokens_checksum(tokens, rollout.prompt_ids),
         "processes": process_count(),
         "sampling": dataclasses.asdict(sampling),
         "policy_lag": policy_lag,

@@ -23,6 +23,11 @@ def tokens_file(folder: Path, step: int, process: int) -> Path:
     return samples_file(folder, step, process).with_name("tokens.safetensors")
 
 
+def tokens_checksum(tensors: bytes, prompt_ids: Sequence[Sequence[int]]) -> str:
+    """Return the SHA-256 of a step's tokens: those that were drawn, and those of its prompts."""
+    return sha256(tensors + json.dumps(prompt_ids).encode()).hexdigest()
+
+
 def refuse_used(folder: Path) -> None:
     """Raise RunError if a folder to save to cannot be written or holds an earlier run's rollouts.
 
@@ -49,10 +54,13 @@ def read_samples(folder: Path, step: int, process: int, prompts: Sequence[str]) 
     of an earlier version, and where the samples are not of these prompts.
     """
     saved = _read(folder, step, process)
+    with _refused(samples_file(folder, step, process)):
+        drawn = [sample["prompt"] for sample in saved["samples"]]
+        prompt_ids = [sample["prompt_ids"] for sample in saved["samples"]]
     with _refused(tokens_file(folder, step, process)) as file:
-        if sha256(file.read_bytes()).hexdigest() != saved["tokens_sha256"]:
-            raise ValueError("it is not the file that was saved beside samples.json")
-    if [sample["prompt"] for sample in saved["samples"]] != list(prompts):
+        if tokens_checksum(file.read_bytes(), prompt_ids) != saved["tokens_sha256"]:
+            raise ValueError("its tokens, or the prompt_ids in samples.json, are not those saved")
+    if drawn != list(prompts):
         raise RunError(
             f"{folder} holds samples of other prompts than this recipe draws (step {step}).\n"
             "    Fix: replay with prompts, seed and group size of the run that saved them."
@@ -126,7 +134,7 @@ def _refused(file: Path) -> Iterator[Path]:
     """Turn what reading a missing or damaged file raises into a RunError."""
     try:
         yield file
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(
             f"{file} cannot be used: {error}\n    Fix: copy the saved rollouts again, or save anew."
         ) from error

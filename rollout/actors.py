@@ -57,6 +57,7 @@ class ActorPool:
         self._failed_starts: Counter[int] = Counter()  # in a row
         self._given_up: set[int] = set()
         self._starting: dict[Any, int] = {}
+        self._asked: set[int] = set()  # of those: who was ready and need only say so
         self._free: list[int] = []
         self.handles = [self._new(number) for number in range(placement.workers)]
         """The actors by number, also those that are not ready yet."""
@@ -92,6 +93,7 @@ class ActorPool:
 
         One that is lost meanwhile or joins later is left out.
         """
+        self.present()
         losses: Counter[int] = Counter()
         results: dict[int, Any] = {}
         while not results:
@@ -104,8 +106,7 @@ class ActorPool:
         import ray
 
         while self._starting:
-            # Who was only asked whether it is there answers within that.
-            ready, _ = ray.wait(list(self._starting), timeout=0.5)
+            ready, _ = ray.wait(list(self._starting), timeout=5 if self._asked else 0)
             if not ready:
                 break
             self._join(ready[0])
@@ -215,6 +216,7 @@ class ActorPool:
         import ray
 
         number = self._starting.pop(ready)
+        self._asked.discard(number)
         try:
             ray.get(ready)
         except ray.exceptions.RayError as error:
@@ -229,6 +231,7 @@ class ActorPool:
 
     def _ask_idle(self) -> None:
         """Let idle actors say that they are there, before they are given what others lost."""
+        self._asked.update(self._free)
         for number in self._free:
             self._starting[self.handles[number].__ray_ready__.remote()] = number
         self._free.clear()

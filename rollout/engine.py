@@ -92,10 +92,11 @@ _WORDS = 2**17
 
 
 def _sums(tensor: Tensor) -> Tensor:
-    """Return an int64 checksum of every megabyte: sum of f(word x its place's odd random number).
+    """Return an int64 checksum of every megabyte: the sum of f(word x factor) x factor.
 
-    A word that differs makes another product, for an odd factor has an inverse modulo 2^64. f folds
-    the upper half of a product into the lower: without it two flipped signs would cancel out.
+    The factor is the place's odd random number. A word that differs makes another summand, for odd
+    factors have an inverse modulo 2^64 and f, which folds the upper half into the lower, has one,
+    too. Without f two flipped signs would cancel out.
     """
     factors = _factors(tensor.device)
     sums = []
@@ -103,8 +104,9 @@ def _sums(tensor: Tensor) -> Tensor:
         values = piece + 0.0 if piece.is_floating_point() else piece.clone()
         odd_bytes = -len(values) * values.element_size() % 8
         words = F.pad(values.view(torch.uint8), (0, odd_bytes)).view(torch.int64)
-        product = words * factors[: len(words)]
-        sums.append((product ^ (product >> 32 & 0xFFFF_FFFF)).sum())
+        here = factors[: len(words)]
+        product = words * here
+        sums.append(((product ^ (product >> 32 & 0xFFFF_FFFF)) * here).sum())
     return torch.stack(sums)
 
 

@@ -68,6 +68,9 @@ class WeightTransfer:
         self._weights.tensors = {}
         if error is not None:
             self.close()
+            if not isinstance(error, AtelierError):
+                told = f"weights could not be sent to the rollout workers: {error}"
+                raise _refusal(told) from error
             raise error
 
     def close(self) -> None:
@@ -155,9 +158,7 @@ class _Workers:
         except ray.exceptions.RayTaskError as error:
             cause = error.cause
             if not isinstance(cause, AtelierError):
-                told = f"a rollout worker could not take its weights: {cause}"
-                fix = "rollout.vllm.weight_transfer=ray, which goes through host memory."
-                cause = RunError(f"{told}\n    Fix: {fix}")
+                cause = _refusal(f"a rollout worker could not take its weights: {cause}")
             raise self._told(cause) from None
         except ray.exceptions.RayError as error:
             told = f"a rollout worker was lost while it got its weights: {error}"
@@ -167,3 +168,8 @@ class _Workers:
     def _told(self, error: BaseException) -> BaseException:
         self.failed(error)
         return error
+
+
+def _refusal(told: str) -> RunError:
+    fix = "rollout.vllm.weight_transfer=ray, which goes through host memory."
+    return RunError(f"{told}\n    Fix: {fix}")

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import subprocess
 import time
 from collections.abc import Iterator
@@ -55,6 +56,7 @@ def network(size: int) -> Iterator[Network]:
     """
     with contextlib.ExitStack() as parts:
         try:
+            _clear_up()
             hosts = [
                 parts.enter_context(_host(f"atelier-{os.getpid()}-{number}", f"10.77.0.{number}"))
                 for number in range(1, size + 1)
@@ -82,12 +84,25 @@ def _host(name: str, address: str) -> Iterator[Host]:
         _ip("-n", name, "link", "set", "lo", "up")
         yield host
     finally:
-        while processes := host.processes():
-            for process in processes:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.kill()
-            time.sleep(0.05)
-        _ip("netns", "delete", name)
+        _remove(host)
+
+
+def _remove(host: Host) -> None:
+    while processes := host.processes():
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        time.sleep(0.05)
+    _ip("netns", "delete", host.name)
+
+
+def _clear_up() -> None:
+    """Remove what earlier tests left that were killed."""
+    for line in _ip("netns", "list").splitlines():
+        name = line.split()[0]
+        owner = re.fullmatch(r"atelier-(\d+)-\d+", name)
+        if owner and (int(owner[1]) == os.getpid() or not psutil.pid_exists(int(owner[1]))):
+            _remove(Host(name, ""))
 
 
 def _connect(host: Host, device: str) -> None:
@@ -97,5 +112,5 @@ def _connect(host: Host, device: str) -> None:
     _ip("-n", host.name, "route", "add", "default", "dev", device)
 
 
-def _ip(*arguments: str) -> None:
-    subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
+def _ip(*arguments: str) -> str:
+    return subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True).stdout

@@ -303,6 +303,12 @@ def test_workers_that_share_the_trainers_gpu_take_its_memory(published):
     found = memory.grpo_memory(recipe_of("blip3o-next-3b/grpo-geneval", *asked), published).resident
     assert found["vLLM's weights"] == 2 * 2 * published.parameters["ar"]
     assert found["vLLM's cache"] == 2 * 20 * 2**30
+    awake = memory.grpo_memory(recipe_of("blip3o-next-3b/grpo-geneval", *asked), published)
+    asked = (*asked, "rollout.vllm.sleep=true")
+    asleep = memory.grpo_memory(recipe_of("blip3o-next-3b/grpo-geneval", *asked), published)
+    held = found["vLLM's weights"] + found["vLLM's cache"]
+    assert asleep.phases["sampling"] - awake.phases["sampling"] == held
+    assert awake.phases["sampling"] > 0
 
 
 def test_vllm_that_sleeps_takes_its_memory_while_it_samples_alone(published):

@@ -144,6 +144,15 @@ def test_a_fingerprint_sees_what_a_plain_sum_would_not(data):
     assert (fingerprint_tensors([("a", places)]) != before) == moved
 
 
+def test_no_pair_of_flipped_signs_cancels_out():
+    one = torch.arange(1.0, 18.0)
+    before, pairs = fingerprint_tensors([("a", one)]), [(i, j) for j in range(17) for i in range(j)]
+    for pair in pairs:
+        flipped = one.clone()
+        flipped[list(pair)] *= -1
+        assert fingerprint_tensors([("a", flipped)]) != before, pair
+
+
 def test_the_sums_of_a_fingerprint_are_what_they_are_said_to_be():
     """Again in Python's numbers: words of 8 bytes, odd factors, products that are folded."""
     values = torch.tensor([1.5, -2.0, -0.0, 3.25, 7.0])
@@ -152,7 +161,7 @@ def test_the_sums_of_a_fingerprint_are_what_they_are_said_to_be():
     total = 0
     for word, factor in zip(words, factors, strict=True):
         product = word * factor % 2**64
-        total += product ^ (product >> 32)
+        total += (product ^ (product >> 32)) * factor
     total = (total + 2**63) % 2**64 - 2**63
     assert _sums(values).tolist() == [total]
 

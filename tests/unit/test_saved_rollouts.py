@@ -104,7 +104,7 @@ def test_tokens_that_were_edited_are_told_before_the_run_and_at_their_step(tmp_p
     file = folder / "step-000001-0" / "tokens.safetensors"
     edited = {name: tensor + 1 for name, tensor in load_file(file).items()}
     save_file(edited, file)
-    told = r"0001-0/tokens.safetensors cannot be used: it is not the file that was saved beside"
+    told = r"0001-0/tokens.safetensors cannot be used: its tokens, or the prompt_ids"
     with pytest.raises(RunError, match=told):
         check_saved(folder, recipe, 1)
     with pytest.raises(RunError, match=told):
