@@ -103,7 +103,9 @@ def _sums(tensor: Tensor) -> Tensor:
     for piece in tensor.reshape(-1).split(8 * _WORDS // tensor.element_size()):
         values = piece + 0.0 if piece.is_floating_point() else piece.clone()
         odd_bytes = -len(values) * values.element_size() % 8
-        words = F.pad(values.view(torch.uint8), (0, odd_bytes)).view(torch.int64)
+        if odd_bytes:
+            values = F.pad(values.view(torch.uint8), (0, odd_bytes))
+        words = values.view(torch.int64)
         here = factors[: len(words)]
         product = words * here
         sums.append(((product ^ (product >> 32 & 0xFFFF_FFFF)) * here).sum())
