@@ -81,7 +81,9 @@ class JournalCallback(TrainerCallback):
         events = list(self._events)
         for event in events:
             self.journal.write(event | {"step": state.global_step})
-            told = ", ".join(f"{key} {value}" for key, value in event.items() if key != "event")
+            told = ", ".join(
+                f"{key} {_short(value)}" for key, value in event.items() if key != "event"
+            )
             self.progress.line(f"step {state.global_step}: {event['event']} ({told})")
         del self._events[: len(events)]  # a draw ahead may have told more meanwhile
         self.journal.write(row)
@@ -231,3 +233,7 @@ def _is_number(value: Any) -> bool:
 
 def _rounded(value: float | None) -> str | None:
     return None if value is None else f"{value:.3f}"
+
+
+def _short(value: Any) -> Any:
+    return _rounded(value) if isinstance(value, float) else value

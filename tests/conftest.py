@@ -34,7 +34,7 @@ def policy(policy_folder: Path) -> "Policy":
     return Policy.from_pretrained(policy_folder)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session", autouse=True)
 def sigint_heard() -> Iterator[None]:
     """SIGINT is a KeyboardInterrupt, also where a shell started the tests in the background: Python
     finds it ignored there, and leaves it so."""

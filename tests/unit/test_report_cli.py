@@ -83,7 +83,6 @@ def hangs(images, prompts):
 """
 
 
-@pytest.mark.usefixtures("sigint_heard")
 def test_ctrl_c_does_not_wait_for_a_judge_that_hangs(stand_in: Path) -> None:
     Path("judge.py").write_text(HANGS)
     prompt = load_suite("geneval-scenes").records[0]["prompt"]

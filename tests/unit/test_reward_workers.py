@@ -163,7 +163,6 @@ def test_interrupting_the_run_leaves_its_processes_alone(file):
         assert again.details["odd"]["pid"] == pid
 
 
-@pytest.mark.usefixtures("sigint_heard")
 @pytest.mark.parametrize("workers", [0, 1])
 def test_ctrl_c_does_not_wait_for_a_reward_that_hangs(tmp_path, workers):
     (tmp_path / "stuck.py").write_text(STUCK)
