@@ -92,9 +92,13 @@ def test_ctrl_c_does_not_wait_for_a_judge_that_hangs(stand_in: Path) -> None:
     started = time.monotonic()
     assert main(["eval", str(stand_in), *options, "--suite", "prompt-file"]) == 130
     assert time.monotonic() - started < 20
-    # Of these the interpreter would wait at its end.
-    new = set(threading.enumerate()) - threads
-    assert not [thread for thread in new if thread.name.startswith("reward_")]
+    # Of these the interpreter would wait at its end. One that was only just being started when
+    # Ctrl-C came is not waited for by its pool: it ends a moment later by itself.
+    ending = time.monotonic() + 5
+    for thread in set(threading.enumerate()) - threads:
+        if thread.name.startswith("reward_"):
+            thread.join(max(0.0, ending - time.monotonic()))
+            assert not thread.is_alive()
 
 
 def test_report_of_nothing_names_the_folder(
