@@ -22,6 +22,7 @@ from evals.policy_hash import policy_hash
 from evals.results import held_out_row
 from evals.suites import Suite, load_suite
 from policy import Policy, policy_path
+from policy.prompts import PromptEncoder
 from policy.quiet import quiet_libraries
 from policy.sampling import Sampling
 from recipes import LoadedRecipe, dump_recipe, load_recipe
@@ -62,7 +63,7 @@ PROBES = (
     "squares and above a photo of a green triangle left of a red square and two yellow circles",
 )
 """Prompts that prove each sync. Two begin with a block of vLLM's prefix cache (32 tokens) each: a
-shorter prompt is never read from there."""
+shorter prompt is never read from there. `probe_ids` cuts them to a small context."""
 WHOLE_PROBES_EVERY = 25
 """Steps between two syncs whose probes are whole pictures: what only late tokens show."""
 PROBE_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.5}
@@ -122,7 +123,7 @@ def _run(
             suite = load_suite(recipe.evals.suite, recipe.evals.limit).from_prompts_alone()
             parts.callback(suite.close)
         asked = {str(r["prompt"]) for r in [*records, *(suite.records if suite else ())]}
-        longest = max(map(len, policy.prompt_ids(sorted(asked | set(PROBES)))))
+        longest = max(map(len, policy.prompt_ids(sorted(asked)) + probe_ids(policy)))
         told = Journaled()
         stages = open_stages(recipe, policy, rewards, longest, told, parts)
         sync = _sync(policy, stages.engine, bool(adapter_rank(recipe)), probe_tolerance(recipe))
@@ -296,9 +297,16 @@ def probe_tolerance(recipe: GrpoRecipe) -> float:
     return PROBE_TOLERANCE[recipe.policy.dtype]
 
 
+def probe_ids(policy: Policy) -> list[list[int]]:
+    """Return the tokens of `PROBES`, the last of each that the context holds beside the picture."""
+    room = int(policy.ar.config.max_position_embeddings) - policy.config.num_tokens
+    whole = PromptEncoder(policy.tokenizer).ids(policy.config, PROBES)
+    return [ids[-room:] for ids in whole]
+
+
 def _sync(policy: Policy, engine: Engine, adapter: bool, tolerance: float) -> Sync:
     config = policy.config
-    probes = policy.prompt_ids(PROBES)
+    probes = probe_ids(policy)
     images = (config.image_start_id, config.num_image_tokens)
 
     def sync(step: int) -> None:

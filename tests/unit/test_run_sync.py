@@ -1,13 +1,19 @@
 """What a run proves at each sync: the weights, and what the engine computes with them."""
 
+import json
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 from test_rollouts import engine_of
+from tiny_policy import write_recipe
 
+from cli.main import main
+from data.prompts import records_of_run
 from policy import Policy
-from rl.run import PROBES, _sync
+from recipes import load_recipe
+from rl.run import PROBES, _sync, probe_ids
 from rollout.engine import WeightMismatch
 from rollout.sync import PROBE_TOKENS
 
@@ -54,3 +60,37 @@ def test_two_probes_begin_with_a_block_of_the_prefix_cache_each():
     # No tokenizer makes less than a token of a word.
     first, second = (words for p in PROBES if len(words := p.split()) > 32)
     assert first[0] != second[0]
+
+
+@pytest.mark.parametrize("room", [3, 40, 400])
+def test_probes_are_cut_to_the_context_and_stay_different_in_their_first_block(policy, room):
+    whole = policy.prompt_ids(PROBES)
+    assert max(map(len, whole)) == 94
+    policy.ar.config.max_position_embeddings = policy.config.num_tokens + room
+    probes = probe_ids(policy)
+    assert [len(ids) for ids in probes] == [min(room, len(ids)) for ids in whole]
+    assert all(ids[-2:] == probes[0][-2:] for ids in probes)  # the picture begins after them
+    first, second = (ids[:32] for ids in probes[2:])
+    assert (first != second) == (room > 32)
+    _sync(policy, engine_of(policy), False, 1e-4)(0)
+
+
+def test_a_policy_with_room_for_its_own_prompts_alone_is_trained(policy_folder, tmp_path, capsys):
+    folder = shutil.copytree(policy_folder, tmp_path / "short")
+    recipe, one_step = str(write_recipe(tmp_path / "recipe", folder)), "train.steps=1"
+    records = records_of_run(load_recipe(recipe, [one_step]).recipe)
+    own = [str(record["prompt"]) for record in records]
+    longest = max(map(len, Policy.from_pretrained(folder).prompt_ids(own)))
+    config = json.loads((folder / "ar/config.json").read_text())
+
+    def train(room: int) -> tuple[int, str]:
+        config["max_position_embeddings"] = 36 + room
+        (folder / "ar/config.json").write_text(json.dumps(config))
+        code = main(["train", recipe, one_step, "--out", str(tmp_path / str(room))])
+        return code, capsys.readouterr().err
+
+    code, told = train(longest - 1)
+    assert code == 1
+    assert f"room for {longest - 1}" in told
+    assert any(repr(prompt[:40]) in told for prompt in own)
+    assert train(longest)[0] == 0
