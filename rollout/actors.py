@@ -85,21 +85,25 @@ class ActorPool:
 
         What a call raises is raised here, when no other call is running any more.
         """
+        return [answer for _, answer in self.answers(method, pieces)]
+
+    def answers(self, method: str, pieces: Sequence[tuple[Any, ...]]) -> list[tuple[int, Any]]:
+        """`run`, each result with the number of the actor that it comes from."""
         results = self._call(method, pieces, Counter(), again=True)
         return [results[index] for index in range(len(pieces))]
 
-    def on_all(self, method: str, *arguments: Any) -> list[Any]:
-        """Call `method` on every actor that is ready and return what they answer, at least one.
+    def on_all(self, method: str, *arguments: Any) -> dict[int, Any]:
+        """Call `method` on every actor that is ready and return what they answer, by number.
 
-        One that is lost meanwhile or joins later is left out.
+        At least one does; one that is lost meanwhile or joins later is left out.
         """
         self.present()
         losses: Counter[int] = Counter()
-        results: dict[int, Any] = {}
+        results: dict[int, tuple[int, Any]] = {}
         while not results:
             everyone = [arguments] * max(1, len(self._free))
             results = self._call(method, everyone, losses, again=False)
-        return list(results.values())
+        return dict(sorted(results.values()))
 
     def present(self) -> list[Any]:
         """Return the handles of the actors that are ready; those that became it are taken in."""
@@ -130,14 +134,15 @@ class ActorPool:
 
     def _call(
         self, method: str, pieces: Sequence[tuple[Any, ...]], losses: Counter[int], again: bool
-    ) -> dict[int, Any]:
-        """Return the results by piece; those of lost actors are done again, or left out.
+    ) -> dict[int, tuple[int, Any]]:
+        """Return the results by piece, with the actors' numbers; a lost actor's piece is done
+        again, or left out.
 
         `losses` counts the actors that each piece has lost.
         """
         import ray
 
-        results: dict[int, Any] = {}
+        results: dict[int, tuple[int, Any]] = {}
         refusal: BaseException | None = None
         waiting = deque(range(len(pieces)))
         running: dict[Any, tuple[int, int, float]] = {}  # call -> actor, piece, when it began
@@ -152,18 +157,20 @@ class ActorPool:
                     self._join(call)
                     continue
                 number, index, began = running.pop(call)
+                name = f"{self._placement.section} worker {number}"
                 try:
                     if not done:
                         raise ray.exceptions.GetTimeoutError(
                             f"no answer for {self._placement.timeout_s:g} s"
                         )
-                    results[index] = ray.get(call)
+                    results[index] = number, ray.get(call)
                 except ray.exceptions.RayTaskError as error:
                     # What one refuses, another would refuse as well.
                     refusal = error.cause
+                    refusal.args = (f"{name}: {refusal}",)
                     waiting.clear()
                 except ray.exceptions.UnserializableException as error:  # refused as well
-                    refusal = RunError(f"a {self._placement.section} worker failed: {error}")
+                    refusal = RunError(f"{name} failed: {error}")
                     waiting.clear()
                 except ray.exceptions.RayError as error:  # dead, out of memory, lost, hung
                     losses[index] += 1
@@ -174,8 +181,8 @@ class ActorPool:
                     if again and refusal is None:
                         waiting.appendleft(index)
                     continue
-                name = f"{self._placement.section} {number}"
-                self._busy.append(Interval(name, 0, began, time.perf_counter()))
+                row = f"{self._placement.section} {number}"
+                self._busy.append(Interval(row, 0, began, time.perf_counter()))
                 heapq.heappush(self._free, number)
         if refusal is not None:
             raise refusal
@@ -222,7 +229,7 @@ class ActorPool:
         except ray.exceptions.RayError as error:
             if first and getattr(error, "actor_init_failed", False):
                 section = self._placement.section
-                raise RunError(f"a {section} worker cannot start: {_told(error)}") from None
+                raise RunError(f"{section} worker {number} cannot start: {_told(error)}") from None
             self._failed_starts[number] += 1
             self._lose(number, "start", error)
         else:

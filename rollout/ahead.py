@@ -83,7 +83,7 @@ class AheadEngine:
         self.sampled_from = self._step
         return self._generate(asked)
 
-    def probe(self, prompt_ids: list[list[int]], length: int) -> list[RolloutBatch]:
+    def probe(self, prompt_ids: list[list[int]], length: int) -> dict[str, RolloutBatch]:
         """See `Engine`."""
         self._settle()
         return self._engine.probe(prompt_ids, length)

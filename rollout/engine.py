@@ -47,10 +47,11 @@ class Engine(Protocol):
     ) -> RolloutBatch:
         """Draw `n` completions of each prompt; `seeds` holds one seed for each of the P*n."""
 
-    def probe(self, prompt_ids: list[list[int]], length: int) -> list[RolloutBatch]:
+    def probe(self, prompt_ids: list[list[int]], length: int) -> dict[str, RolloutBatch]:
         """Draw the first `length` tokens after each prompt as `generate` would, at temperature 1.
 
-        Prompt i has the seed i. One batch from each process that samples for this engine.
+        Prompt i has the seed i. One batch from each process that samples for this engine, by its
+        name.
         """
 
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], step: int) -> None:

@@ -7,7 +7,7 @@ the others: with them after the push, or by itself if it joined later or was not
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -21,22 +21,7 @@ from rollout.engine import Engine, RolloutBatch, WeightMismatch, check_request
 from rollout.micro_batch import Events
 from rollout.timeline import Interval
 from rollout.weight_transfer import WeightTransfer
-from rollout.weights import as_mapping
-
-
-@dataclass(frozen=True)
-class Push:
-    """Weights that were pushed: the how many-th push of the run, and at which step.
-
-    `packed` holds a reference into Ray's object store; in a list, or Ray would fetch the weights
-    for every call; vLLM's weight transfer leaves it empty until someone needs it. `fingerprint` is
-    what all actors that were asked were seen to hold afterwards.
-    """
-
-    number: int
-    step: int
-    packed: list[Any]
-    fingerprint: str | None = None
+from rollout.weights import Push, as_mapping
 
 
 class RayPool:
@@ -95,18 +80,19 @@ class RayPool:
             )
             for share in shares
         ]
-        parts, told = zip(*self.actors.run("generate", pieces), strict=True)
-        self._events += [event for events in told for event in events]
+        answers = self.actors.answers("generate", pieces)
+        self._events += [e | {"worker": number} for number, (_, told) in answers for e in told]
+        parts = [part for _, (part, _) in answers]
         return RolloutBatch(
             prompt_ids=[ids for part in parts for ids in part.prompt_ids],
             completion_ids=torch.cat([part.completion_ids for part in parts]),
             behaviour_logprobs=torch.cat([part.behaviour_logprobs for part in parts]),
         )
 
-    def probe(self, prompt_ids: list[list[int]], length: int) -> list[RolloutBatch]:
+    def probe(self, prompt_ids: list[list[int]], length: int) -> dict[str, RolloutBatch]:
         """See `Engine`. Every actor that is ready draws all of them."""
         found = self.actors.on_all("probe", self._push, prompt_ids, length)
-        return [batch for batches in found for batch in batches]
+        return {f"rollout worker {number}": batch for number, batch in found.items()}
 
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], step: int) -> None:
         """See `Engine`. In Ray's object store the tensors are stored once, and all read them there.
@@ -137,16 +123,19 @@ class RayPool:
 
     def fingerprint(self) -> str:
         """See `Engine`. Raises `WeightMismatch` if the actors differ."""
-        found = self.actors.on_all("fingerprint", self._push)
-        odd = [value for value in found if value != found[0]]
-        if odd:
+        holders: dict[str, list[int]] = {}
+        for number, found in self.actors.on_all("fingerprint", self._push).items():
+            holders.setdefault(found, []).append(number)
+        if len(holders) > 1:
+            told = "; ".join(f"{value[:12]}: {numbers}" for value, numbers in holders.items())
             raise WeightMismatch(
-                f"two rollout workers hold different weights (fingerprints {found[0][:12]} and "
-                f"{odd[0][:12]}); stop: their samples would not come from one policy"
+                f"rollout workers hold different weights (fingerprints, and by which workers: "
+                f"{told}); stop: their samples would not come from one policy"
             )
+        [fingerprint] = holders
         if self._push is not None:
-            self._push = replace(self._push, fingerprint=found[0])
-        return str(found[0])
+            self._push = replace(self._push, fingerprint=fingerprint)
+        return fingerprint
 
     def close(self) -> None:
         """See `Engine`."""
@@ -210,12 +199,11 @@ class SamplingActor:
         self.transfer("finish", push.step)
         self.loaded = push.number
 
-    def probe(
-        self, push: Push | None, prompt_ids: list[list[int]], length: int
-    ) -> list[RolloutBatch]:
+    def probe(self, push: Push | None, prompt_ids: list[list[int]], length: int) -> RolloutBatch:
         """See `Engine`."""
         self.catch_up(push)
-        return self.engine.probe(prompt_ids, length)
+        [batch] = self.engine.probe(prompt_ids, length).values()
+        return batch
 
     def fingerprint(self, push: Push | None) -> str:
         """See `Engine`."""

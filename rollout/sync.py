@@ -111,7 +111,7 @@ def verify_sync(
     push_weights(engine, trainer_side)
     prompts = trainer_side.probe_prompts
     expected: dict[bytes, Tensor] = {}  # by tokens: workers mostly draw the same
-    for probes in engine.probe(prompts, length):
+    for name, probes in engine.probe(prompts, length).items():
         drawn = probes.completion_ids
         if (key := drawn.numpy().tobytes()) not in expected:
             # Whole pictures one by one: logits are of the whole vocabulary.
@@ -124,7 +124,7 @@ def verify_sync(
         for index, distance in enumerate(distances):
             if not distance <= tolerance:  # also true of NaN
                 raise WeightMismatch(
-                    f"after the sync of step {trainer_side.step} the engine's log-probs of probe "
+                    f"after the sync of step {trainer_side.step} {name}'s log-probs of probe "
                     f"{index} differ from the trainer's by {distance:.2e} nats (allowed: "
                     f"{tolerance:.0e}); stop: its samples would not come from this policy"
                 )

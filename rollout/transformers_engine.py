@@ -63,9 +63,10 @@ class TransformersEngine:
         """See `Engine`."""
         return self._draw(prompt_ids, n, sampling, seeds, self._completion_length)
 
-    def probe(self, prompt_ids: list[list[int]], length: int) -> list[RolloutBatch]:
+    def probe(self, prompt_ids: list[list[int]], length: int) -> dict[str, RolloutBatch]:
         """See `Engine`."""
-        return [self._draw(prompt_ids, 1, Sampling(), list(range(len(prompt_ids))), length)]
+        seeds = list(range(len(prompt_ids)))
+        return {"the engine": self._draw(prompt_ids, 1, Sampling(), seeds, length)}
 
     def _draw(
         self,

@@ -117,9 +117,10 @@ class VllmEngine:
         self._sleep()
         return batch
 
-    def probe(self, prompt_ids: list[list[int]], length: int) -> list[RolloutBatch]:
+    def probe(self, prompt_ids: list[list[int]], length: int) -> dict[str, RolloutBatch]:
         """See `Engine`. It stays awake for the rollouts that come next."""
-        return [self._draw(prompt_ids, 1, Sampling(), list(range(len(prompt_ids))), length)]
+        seeds = list(range(len(prompt_ids)))
+        return {"the engine": self._draw(prompt_ids, 1, Sampling(), seeds, length)}
 
     def _draw(
         self,

@@ -10,16 +10,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from common.errors import AtelierError, RunError
 from rollout.vllm_process import import_vllm, process_untouched
-
-if TYPE_CHECKING:
-    from rollout.ray_pool import Push
+from rollout.weights import Push
 
 
 class WeightTransfer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +12,21 @@ from torch import Tensor, nn
 from rollout.engine import WeightMismatch
 
 _TIED_HEAD = "lm_head.weight"
+
+
+@dataclass(frozen=True)
+class Push:
+    """Weights that were pushed to workers: the how many-th push of the run, and at which step.
+
+    `packed` holds a reference into Ray's object store; in a list, or Ray would fetch the weights
+    for every call; vLLM's weight transfer leaves it empty until someone needs it. `fingerprint` is
+    what all workers that were asked were seen to hold afterwards.
+    """
+
+    number: int
+    step: int
+    packed: list[Any]
+    fingerprint: str | None = None
 
 
 def merged_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

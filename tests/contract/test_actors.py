@@ -100,8 +100,21 @@ def test_a_replacement_that_cannot_start_is_a_loss_and_the_rest_do_the_work(pool
     assert pool.run("work", [(0,), (1,), (2,)]) == [0, 1, 2]
 
 
+def test_what_a_worker_refuses_is_told_with_its_number(pool):
+    with pytest.raises(TypeError, match=r"^rollout worker 0: .* not supported between .*'str'"):
+        pool.run("work", [("text",)])
+    assert pool.replaced == 0
+
+
+def test_answers_tell_whose_they_are(pool):
+    assert pool.answers("work", [(5,), (6,)]) == [(0, 5), (1, 6)]
+    assert pool.on_all("work", 7) == {0: 7, 1: 7, 2: 7}
+    ray.kill(pool.handles[1])
+    assert pool.on_all("work", 8) == {0: 8, 2: 8}
+
+
 def test_an_error_that_cannot_be_unpickled_is_told_and_loses_no_worker(pool):
-    with pytest.raises(RunError, match=r"rollout worker failed[\s\S]*TwoArguments: below zero"):
+    with pytest.raises(RunError, match=r"^rollout worker \d failed[\s\S]*TwoArguments: below zero"):
         pool.run("work", [(-1,)])
     assert pool.replaced == 0
     assert pool.run("work", [(4,)]) == [4]

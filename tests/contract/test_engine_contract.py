@@ -236,7 +236,7 @@ def test_probes_alone_catch_an_engine_that_reports_the_right_fingerprint(engine,
 @pytest.mark.parametrize("length", [1, 4])
 def test_probes_are_the_first_tokens_of_whole_completions(engine, length):
     whole = engine.generate(PROMPTS, 1, Sampling(), [0, 1, 2])
-    [probes] = engine.probe(PROMPTS, length)
+    [probes] = engine.probe(PROMPTS, length).values()
     assert probes.prompt_ids == PROMPTS
     assert torch.equal(probes.completion_ids, whole.completion_ids[:, :length])
     torch.testing.assert_close(

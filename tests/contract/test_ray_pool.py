@@ -165,7 +165,7 @@ def test_memory_that_runs_out_in_workers_is_told_and_changes_no_token(pool, trai
     # Two prompts were the share of one worker and one that of the other, who had room for it.
     [event] = pool.actors._events
     assert (event["event"], event["stage"]) == ("micro_batch_halved", "rollout")
-    assert event["micro_batch"] == N
+    assert (event["micro_batch"], event["worker"]) == (N, 0)
     assert "can't allocate memory" in event["reason"]
 
 
@@ -217,8 +217,12 @@ def restore(worker) -> None:
 
 
 @pytest.mark.parametrize("mutation", [skip_loading, load_stale, add_twice, drop_one])
-@pytest.mark.parametrize("victims", [(1,), (0, 1)], ids=["one", "all"])
-def test_weights_that_did_not_arrive_stop_the_run_at_once(pool, trainer, mutation, victims):
+@pytest.mark.parametrize(
+    ("victims", "told"),
+    [((1,), r": \[0\]; \w+: \[1\]\)|^rollout worker 1: "), ((0, 1), None)],
+    ids=["one", "all"],
+)
+def test_weights_that_did_not_arrive_stop_the_run_at_once(pool, trainer, mutation, victims, told):
     push_weights(pool, trainer)
     for index in victims:
         in_worker(pool, index, remember)
@@ -226,7 +230,7 @@ def test_weights_that_did_not_arrive_stop_the_run_at_once(pool, trainer, mutatio
     with torch.no_grad():
         trainer.model.model.layers[0].self_attn.q_proj.weight.mul_(1.001)
     try:
-        with pytest.raises(WeightMismatch):
+        with pytest.raises(WeightMismatch, match=told):
             push_weights(pool, trainer)
     finally:
         for index in victims:
@@ -246,7 +250,7 @@ def test_a_worker_that_was_not_asked_proves_its_weights_before_it_samples(pool, 
     pool.fingerprint()
     pool.actors._free.append(1)
     try:
-        with pytest.raises(WeightMismatch, match="was not asked"):
+        with pytest.raises(WeightMismatch, match=r"^rollout worker 1: .*was not asked"):
             pool.generate(PROMPTS, N, Sampling(), SEEDS)
     finally:
         in_worker(pool, 1, restore)
@@ -292,7 +296,7 @@ def test_a_worker_with_the_right_weights_and_wrong_logits_stops_the_run_at_once(
         trainer.model.model.layers[0].self_attn.v_proj.weight.mul_(1.1)
     push_weights(pool, trainer)  # the fingerprints are right
     try:
-        with pytest.raises(WeightMismatch, match="log-probs of probe"):
+        with pytest.raises(WeightMismatch, match=f"rollout worker {victim}'s log-probs of probe"):
             verify_sync(pool, trainer)
     finally:
         in_worker(pool, victim, lambda worker: worker.mend())
@@ -308,9 +312,9 @@ def test_each_worker_draws_all_probes_and_the_trainer_computes_once_what_is_equa
     verify_sync(pool, trainer)
     assert len(passes) == 1
     probes = pool.probe(PROMPTS, 3)
-    [expected] = own_engine(trainer, spec).probe(PROMPTS, 3)
-    assert len(probes) == 2
-    for batch in probes:
+    [expected] = own_engine(trainer, spec).probe(PROMPTS, 3).values()
+    assert list(probes) == ["rollout worker 0", "rollout worker 1"]
+    for batch in probes.values():
         assert batch.prompt_ids == PROMPTS
         assert torch.equal(batch.completion_ids, expected.completion_ids)
 
@@ -378,7 +382,7 @@ def test_a_replacement_with_other_weights_stops_the_run(pool, trainer):
     pool.generate(PROMPTS, N, Sampling(), SEEDS)
     everyone_ready(pool)
     in_worker(pool, 0, skip_loading)
-    with pytest.raises(WeightMismatch, match="joins the others"):
+    with pytest.raises(WeightMismatch, match=r"^rollout worker 0: .*joins the others"):
         pool.generate(PROMPTS, N, Sampling(), SEEDS)
     in_worker(pool, 0, restore)
     push_weights(pool, trainer)
@@ -405,6 +409,6 @@ def test_a_worker_that_cannot_start_says_why(spec, pool, tmp_path):
     wrong = EngineSpec(**{**spec.__dict__, "engine": "vllm", "ar_folder": str(tmp_path)})
     broken = RayPool(wrong.build, Placement("rollout", 1, cpus=0.0, timeout_s=120), torch.float32)
     told = f"{tmp_path} has no config.json; give the ar folder of a policy"
-    with pytest.raises(RunError, match=re.escape(f"a rollout worker cannot start: {told}") + "$"):
+    with pytest.raises(RunError, match=re.escape(f"rollout worker 0 cannot start: {told}") + "$"):
         broken.actors.await_ready()
     broken.close()

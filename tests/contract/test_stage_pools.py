@@ -1,5 +1,6 @@
 """Decode and reward actors: one process's numbers, whatever is lost, and stages that overlap."""
 
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -204,11 +205,14 @@ def test_memory_that_runs_out_in_actors_halves_their_batches_three_times(
     found = pixels(decoders(hidden, SEEDS, DECODE))
     # Of 12 pictures an actor's share is 6.
     assert [event["micro_batch"] for event in events] == [3, 2, 1]
-    assert all("can't allocate memory" in event["reason"] for event in events)
+    told = re.compile(r"decode worker [01]: .*can't allocate memory")
+    assert all(told.match(event["reason"]) for event in events)
     assert np.array_equal(found, alone(policy_folder, hidden, 1))
     for number in range(2):
         in_actor(decoders, number, run_out_of_memory, 0)
-    with pytest.raises(RunError, match=r"`render` ran out of memory[\s\S]*Fix: set train\.micro_b"):
+    with pytest.raises(
+        RunError, match=r"`render` ran out of memory.*decode worker \d[\s\S]*Fix: set train\.mi"
+    ):
         decoders(hidden, SEEDS, DECODE)
     for number in range(2):
         in_actor(decoders, number, run_out_of_memory, COUNT)

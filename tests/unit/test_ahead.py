@@ -203,7 +203,7 @@ def test_probes_come_after_what_is_being_drawn_and_take_nothing_from_it(policy, 
     watched = Watched(policy)
     engine = AheadEngine(watched)
     engine.draw_ahead(requests)
-    [probes] = engine.probe(requests[0].prompt_ids, 2)
+    [probes] = engine.probe(requests[0].prompt_ids, 2).values()
     assert probes.completion_ids.shape == (2, 2)
     ask(engine, requests[1])
     assert watched.calls == ["generate", "generate", "probe"]

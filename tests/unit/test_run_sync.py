@@ -42,16 +42,16 @@ def test_every_sync_is_probed_and_now_and_then_by_whole_pictures(policy):
     probe = engine.probe
 
     def wrong_at_step_26(prompts, length):
-        [batch] = probe(prompts, length)
+        [batch] = probe(prompts, length).values()
         asked.append(batch.completion_ids.shape)
         second = replace(batch, behaviour_logprobs=batch.behaviour_logprobs + (len(asked) == 4))
-        return [batch, second]  # as of two workers
+        return {"one": batch, "the other": second}  # as of two workers
 
     engine.probe = wrong_at_step_26
     sync, tokens = _sync(policy, engine, False, 1e-4), policy.config.num_tokens
     for step in (0, 1, 25):
         sync(step)
-    with pytest.raises(WeightMismatch, match="step 26 the engine's log-probs of probe 0"):
+    with pytest.raises(WeightMismatch, match="step 26 the other's log-probs of probe 0"):
         sync(26)
     assert asked == [(4, tokens), (4, PROBE_TOKENS), (4, tokens), (4, PROBE_TOKENS)]
 
