@@ -13,7 +13,7 @@ def plan_grpo(recipe: "GrpoRecipe") -> dict[str, Any]:
     """Return what `--json` prints. Sizes are bytes, work is floating-point operations."""
     from cli.policy_folder import find_anatomy
     from rl.flops import grpo_flops
-    from rl.memory import grpo_memory, trained_parameters, vllm_pictures
+    from rl.memory import grpo_memory, trained_parameters, vllm_pictures, worker_memory
     from rl.preflight import check_targets, check_tiles
     from rl.sizing import with_training
 
@@ -40,6 +40,10 @@ def plan_grpo(recipe: "GrpoRecipe") -> dict[str, Any]:
         "assumed": {"prompt_tokens": anatomy.prompt_tokens},
         # Trained weights and two moments.
         "checkpoint_bytes": resident["gradients"] + resident["optimizer states"],
+        "workers": {
+            section: {"resident": one.resident, "phases": one.phases, "peak": one.peak}
+            for section, one in worker_memory(recipe, anatomy).items()
+        },
     }
     if recipe.rollout.engine == "vllm":
         facts["work"]["vllm_pictures_at_a_time"] = vllm_pictures(recipe, anatomy)
@@ -127,6 +131,7 @@ def show_grpo(facts: dict[str, Any]) -> None:
     )
     show_flops(facts)
     show_memory(facts["memory"])
+    _show_workers(facts["workers"])
     if len(facts["memory"]) > 1:
         _show_options(facts)
     show_verdict(facts["verdict"])
@@ -157,6 +162,20 @@ def _show_work(work: dict[str, Any]) -> None:
     )
 
 
+def _show_workers(workers: dict[str, Any]) -> None:
+    from cli import console
+
+    if workers:
+        console.say("memory of each worker, beside the trainer's", style="bold")
+    rows = []
+    for section, memory in workers.items():
+        phases = {f"+ {name}": count for name, count in memory["phases"].items()}
+        parts = {**memory["resident"], **phases}.items()
+        told = ", ".join(f"{name} {console.size(count)}" for name, count in parts)
+        rows.append((section, f"{console.size(memory['peak'])} ({told}; estimate)"))
+    console.pairs(rows)
+
+
 def _show_options(facts: dict[str, Any]) -> None:
     from cli import console
     from cli.plan_parts import show_options
@@ -165,6 +184,8 @@ def _show_options(facts: dict[str, Any]) -> None:
     console.say("  several GPUs need torchrun and train.deepspeed=zero1 or zero2")
     if facts["work"]["engine"] == "vllm":
         console.say("  several GPUs need rollout.engine=transformers, as counted here")
+    for section in facts["workers"]:
+        console.say(f"  several GPUs need {section}.workers=0, as counted here")
     prompts = facts["work"]["prompts_per_step"]
     uneven = {row["gpus"] for row in facts["memory"] if prompts % row["gpus"]}
     for count in sorted(uneven):

@@ -135,7 +135,9 @@ def show_memory(rows: list[dict[str, Any]]) -> None:
     console.say(table_line("memory of one GPU, GB", counts, indent=""), style="bold")
     console.say(table_line("", stages), style="bold")
     table = [(name, [row["resident"].get(name, 0) for row in rows]) for name in kept]
-    table += [(f"+ {name} (estimate)", [row["phases"][name] for row in rows]) for name in phases]
+    table += [
+        (f"+ {name} (estimate)", [row["phases"].get(name, 0) for row in rows]) for name in phases
+    ]
     table.append(("peak: one + at a time", [row["peak"] for row in rows]))
     for name, values in table:
         console.say(table_line(name, [gigabytes(value) for value in values]))

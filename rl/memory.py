@@ -1,9 +1,9 @@
-"""Bytes that a GRPO step needs on one GPU, from shapes alone; nothing here imports torch.
+"""Bytes that a GRPO step needs on one GPU, and on each worker's, from shapes alone.
 
-Exact are weights, gradients, optimizer states and the cache: numbers of values times their width.
-Activations, logits and decoding are estimates: what PyTorch keeps for these models' operations,
-counted operation by operation. `docs/planning.md` has the formulas and what they were
-compared with. Left out: CUDA's own context, fragmentation, the rewards' models.
+Nothing here imports torch. Exact are weights, gradients, optimizer states and the cache: numbers of
+values times their width. Activations, logits and decoding are estimates: what PyTorch keeps for
+these models' operations, counted operation by operation. `docs/planning.md` has the formulas and
+what they were compared with. Left out: CUDA's own context, fragmentation, the rewards' models.
 """
 
 import math
@@ -28,6 +28,8 @@ BUCKET = 500_000_000
 """DeepSpeed's default, in values: a bucket of communication."""
 SINGLE = 4
 """Bytes of a float32."""
+TRANSFER_BUFFER, TRANSFER_BUFFERS = 2**30, 2
+"""vLLM's default packing of weights for NCCL: bytes of a buffer, and how many on each side."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,20 +90,63 @@ def grpo_memory(recipe: GrpoRecipe, anatomy: Anatomy, sharding: Sharding | None 
     hidden = int(ar.config["hidden_size"])
     conditions = images * (1 + anatomy.num_tokens) * hidden * width
     kept = micro * activations(ar, length, width, lora, own)
-    return Memory(
-        _resident(recipe, anatomy, sharding, own),
-        {
-            "sampling": _sampling(recipe, anatomy, images),
-            "scoring": tile * (width + FORWARD_TILE),
-            "decoding": conditions
-            + max(decoding(anatomy, section, micro, width) for section in decodings(recipe)),
-            "update": kept
-            + tile * (width + BACKWARD_TILE)
-            # The head's gradient is added up in float32.
-            + (SINGLE * anatomy.num_image_tokens * hidden if lora is None else 0)
-            + _communication(recipe, anatomy, sharding),
-        },
-    )
+    phases = {
+        "sampling": _sampling_here(recipe, anatomy, images),
+        "scoring": tile * (width + FORWARD_TILE),
+        # Decode workers are sent the conditions.
+        "decoding": conditions
+        + (0 if recipe.decode.workers else _decoding(recipe, anatomy, micro)),
+        "update": kept
+        + tile * (width + BACKWARD_TILE)
+        # The head's gradient is added up in float32.
+        + (SINGLE * anatomy.num_image_tokens * hidden if lora is None else 0)
+        + _communication(recipe, anatomy, sharding),
+    }
+    if recipe.rollout.transfer == "nccl":
+        phases["sending"] = transfer_buffers(recipe, anatomy)
+    return Memory(_resident(recipe, anatomy, sharding, own), phases)
+
+
+def worker_memory(recipe: GrpoRecipe, anatomy: Anatomy) -> dict[str, Memory]:
+    """Return what each worker of a section holds; workers on the trainer's GPU are counted there.
+
+    Rollout workers have whole groups, decode workers an equal share of a wave's pictures.
+    """
+    width, counts, rollout = width_of(recipe), anatomy.parameters, recipe.rollout
+    prompts = -(-rollout.prompts_per_step // rollout.waves)
+    workers: dict[str, Memory] = {}
+    if rollout.workers and rollout.transfer != "ipc":
+        resident = {"weights": counts["ar"] * width}
+        if rollout.engine == "vllm":
+            resident["cache"] = int(rollout.vllm.cache_gib * 2**30)
+        groups = -(-prompts // rollout.workers)
+        phases = {"sampling": _sampling(recipe, anatomy, groups * rollout.group_size, engines=1)}
+        if rollout.transfer:
+            phases["receiving"] = transfer_buffers(recipe, anatomy)
+        workers["rollout"] = Memory(resident, phases)
+    if recipe.decode.workers:
+        share = -(-prompts * rollout.group_size // recipe.decode.workers)
+        micro = min(recipe.train.micro_batch or share, share)
+        conditions = (
+            micro * (1 + anatomy.num_tokens) * int(anatomy.parts["ar"].config["hidden_size"])
+        )
+        weights = sum(counts.values()) - counts["ar"] - counts["image_tokenizer"]
+        workers["decode"] = Memory(
+            {"weights": weights * width},
+            {"decoding": conditions * width + _decoding(recipe, anatomy, micro)},
+        )
+    return workers
+
+
+def transfer_buffers(recipe: GrpoRecipe, anatomy: Anatomy) -> int:
+    """Return the bytes of vLLM's buffers on one side of an NCCL transfer, at the most.
+
+    A buffer is full with the tensor that takes it beyond its size.
+    """
+    ar, width = anatomy.parts["ar"], width_of(recipe)
+    largest = max(math.prod(shape) for shape in ar.shapes.values())
+    buffers = TRANSFER_BUFFERS * (TRANSFER_BUFFER + largest * width)
+    return min(buffers, ar.parameters * width)
 
 
 def _resident(recipe: GrpoRecipe, anatomy: Anatomy, sharding: Sharding, own: int) -> dict[str, int]:
@@ -126,14 +171,19 @@ def _resident(recipe: GrpoRecipe, anatomy: Anatomy, sharding: Sharding, own: int
 
 def _vllm(recipe: GrpoRecipe, anatomy: Anatomy) -> dict[str, int]:
     """Return what vLLM holds on the trainer's GPU while it is awake."""
-    rollout = recipe.rollout
-    beside = rollout.workers if rollout.transfer == "ipc" else int(not rollout.workers)
+    rollout, beside = recipe.rollout, _engines(recipe)
     if rollout.engine != "vllm" or not beside:
         return {}
     return {
         "vLLM's weights": beside * anatomy.parameters["ar"] * width_of(recipe),
         "vLLM's cache": beside * int(rollout.vllm.cache_gib * 2**30),
     }
+
+
+def _engines(recipe: GrpoRecipe) -> int:
+    """Return how many engines sample on the trainer's device."""
+    rollout = recipe.rollout
+    return rollout.workers if rollout.transfer == "ipc" else int(not rollout.workers)
 
 
 def _share(count: int, sharding: Sharding, stage: int) -> int:
@@ -182,16 +232,22 @@ def sampler_rows(recipe: GrpoRecipe, images: int) -> int:
     return min(images, whole or SAMPLER_ROWS)
 
 
-def _sampling(recipe: GrpoRecipe, anatomy: Anatomy, images: int) -> int:
-    width, ar = width_of(recipe), anatomy.parts["ar"]
-    workers, shared = recipe.rollout.workers, recipe.rollout.transfer == "ipc"
-    if workers and not shared:
+def _sampling_here(recipe: GrpoRecipe, anatomy: Anatomy, images: int) -> int:
+    engines = _engines(recipe)
+    if not engines:
         return 0  # they sample on GPUs of their own
+    # vLLM's weights and cache are resident unless it sleeps.
+    woken = sum(_vllm(recipe, anatomy).values()) if recipe.rollout.vllm.sleep else 0
+    return woken + _sampling(recipe, anatomy, images, engines)
+
+
+def _sampling(recipe: GrpoRecipe, anatomy: Anatomy, images: int, engines: int) -> int:
+    """Return what so many engines on one device need beside weights and vLLM's cache."""
+    width, ar = width_of(recipe), anatomy.parts["ar"]
     if recipe.rollout.engine == "vllm":
-        # Its logits are of the whole vocabulary; weights and cache are resident unless it sleeps.
-        rows = min(images, max(1, workers) * vllm_pictures(recipe, anatomy))
-        woken = sum(_vllm(recipe, anatomy).values()) if recipe.rollout.vllm.sleep else 0
-        return woken + 3 * SINGLE * rows * int(ar.config["vocab_size"])
+        # Its logits are of the whole vocabulary.
+        rows = min(images, engines * vllm_pictures(recipe, anatomy))
+        return 3 * SINGLE * rows * int(ar.config["vocab_size"])
     rows = sampler_rows(recipe, images)
     # A token's log-probs in float32 and, to draw from them, twice in float64.
     drawing = rows * anatomy.num_image_tokens * (SINGLE + 2 * 8)
@@ -248,6 +304,11 @@ def decodings(recipe: GrpoRecipe) -> list[DecodeEvalSection]:
     section = recipe.decode
     both = recipe.evals.every or section.check.every
     return [section.train, section.eval] if both else [section.train]
+
+
+def _decoding(recipe: GrpoRecipe, anatomy: Anatomy, pictures: int) -> int:
+    width = width_of(recipe)
+    return max(decoding(anatomy, section, pictures, width) for section in decodings(recipe))
 
 
 def decoding(anatomy: Anatomy, section: DecodeEvalSection, pictures: int, width: int) -> int:

@@ -23,8 +23,14 @@ def fits(memory: Memory, capacity: int) -> bool:
 
 
 def spread_over(recipe: GrpoRecipe, gpus: int) -> GrpoRecipe:
-    """Return the recipe as several processes run it: each samples with transformers."""
-    return recipe if gpus == 1 else _changed(recipe, "rollout", "engine", "transformers")
+    """Return the recipe as several processes run it: with transformers, and without workers."""
+    if gpus == 1:
+        return recipe
+    for section, key, value in (
+        ("rollout", "engine", "transformers"), ("rollout", "workers", 0), ("decode", "workers", 0)
+    ):  # fmt: skip
+        recipe = _changed(recipe, section, key, value)
+    return recipe
 
 
 def with_training(recipe: GrpoRecipe, *, lora: bool) -> GrpoRecipe:

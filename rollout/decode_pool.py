@@ -30,6 +30,8 @@ class Head:
         """Read the folder; what renders nothing is left out before anything reaches a GPU."""
         policy = Policy.from_pretrained(self.folder, getattr(torch, self.dtype))
         del policy.ar.model, policy.image_tokenizer
+        head = policy.ar.lm_head  # is asked for device and type alone
+        head.weight = torch.nn.Parameter(head.weight[:1].detach().clone())
         return policy.to(self.device)
 
 

@@ -18,6 +18,7 @@ from tiny_networks import tiny_qwen3
 from common.errors import RecipeError, RunError
 from common.heavy import prepare_torchvision
 from recipes import load_recipe
+from rl import memory
 from rl.stages import Journaled, build_engine
 from rollout import Sampling, WeightMismatch, fingerprint_tensors
 from rollout.build import EngineSpec
@@ -134,6 +135,19 @@ def test_a_wrong_push_is_refused_before_anyone_waits_for_it(pool):
         with pytest.raises(WeightMismatch, match="not all the weights of the vllm engine"):
             pool.load_weights(wrong, 2)
     push_weights(pool, side(1.1, 3))
+
+
+def test_plans_count_vllm_s_buffers():
+    from vllm.distributed.weight_transfer import packed_tensor
+    from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+
+    info = NCCLTrainerInitInfo(rank=0, master_address="", master_port=1, world_size=2)
+    assert info.packed  # what the trainer says, workers do
+    assert info.packed_buffer_size_bytes == memory.TRANSFER_BUFFER
+    assert info.packed_num_buffers == memory.TRANSFER_BUFFERS
+    tensors = iter([(str(i), torch.zeros(6, dtype=torch.uint8)) for i in range(4)])
+    chunk = packed_tensor.pack_tensors(tensors, lambda pair: pair[1], 10)
+    assert chunk.packed_tensor.numel() == 12  # full with the tensor that exceeds it
 
 
 def receive_nothing(worker) -> None:

@@ -327,6 +327,68 @@ def test_workers_sample_elsewhere(published):
     assert found.phases["sampling"] == 0
 
 
+def test_decode_workers_render_their_share_of_a_wave_and_the_trainer_nothing(published):
+    name = "blip3o-next-3b/grpo-geneval"  # 16 prompts x 16
+    here = grpo_memory(recipe_of(name), published)
+    recipe = recipe_of(name, "decode.workers=4", "train.micro_batch=null", "rollout.waves=2")
+    conditions = (1 + published.num_tokens) * 2048 * 2
+    assert grpo_memory(recipe, published).phases["decoding"] == 256 * conditions
+    share = 8 * 16 // 4
+    [(section, found)] = memory.worker_memory(recipe, published).items()
+    assert section == "decode"
+    assert found.phases["decoding"] == share * conditions + memory.decoding(
+        published, recipe.decode.eval, share, 2
+    )
+    few = recipe_of(name, "decode.workers=4")
+    assert few.train.micro_batch == 8
+    elsewhere = grpo_memory(few, published)
+    assert elsewhere.resident == here.resident
+    moved = here.phases["decoding"] - elsewhere.phases["decoding"]
+    worker = memory.worker_memory(few, published)["decode"]
+    assert worker.phases["decoding"] == 8 * conditions + moved
+    assert memory.worker_memory(recipe_of(name), published) == {}
+
+
+def test_a_decode_worker_s_weights_are_those_that_it_loads(anatomy):
+    from rollout.decode_pool import Head
+
+    loaded = Head(str(base_path()), "bfloat16").load()
+    recipe = recipe_of("geneval-scenes", "policy.dtype=bfloat16", "decode.workers=1")
+    counted = memory.worker_memory(recipe, anatomy)["decode"].resident["weights"]
+    one_row = 2 * anatomy.parts["ar"].config["hidden_size"]  # of the head, which says the type
+    assert sum(p.nbytes for p in loaded.parameters()) == counted + one_row
+
+
+@pytest.mark.parametrize("engine", ["vllm", "transformers"])
+def test_a_rollout_worker_samples_whole_groups(published, engine):
+    """Of 16 prompts 3 workers have 6 at the most: as one process that has 6 alone."""
+    name, changes = "blip3o-next-3b/grpo-geneval", (f"rollout.engine={engine}",)
+    found = memory.worker_memory(recipe_of(name, *changes, "rollout.workers=3"), published)
+    changes = (*changes, "rollout.prompts_per_step=6")
+    alone = grpo_memory(recipe_of(name, *changes), published)
+    assert found["rollout"].phases == {"sampling": alone.phases["sampling"]}
+    assert found["rollout"].resident["weights"] == 2 * published.parameters["ar"]
+    cache = alone.resident.get("vLLM's cache", 0)
+    assert found["rollout"].peak == sum(
+        (2 * published.parameters["ar"], cache, alone.phases["sampling"])
+    )
+
+
+def test_nccl_has_two_buffers_on_each_side_or_all_weights(anatomy, published, monkeypatch):
+    asked = ("rollout.engine=vllm", "rollout.workers=2", "rollout.ray.gpus_per_worker=1")
+    asked = (*asked, "rollout.ray.address=auto", "rollout.vllm.weight_transfer=nccl")
+    recipe = recipe_of("blip3o-next-3b/grpo-geneval", *asked)
+    whole = 2 * published.parameters["ar"]  # fit into two buffers with an embedding of 0.9 GB each
+    assert grpo_memory(recipe, published).phases["sending"] == whole
+    assert memory.worker_memory(recipe, published)["rollout"].phases["receiving"] == whole
+    monkeypatch.setattr(memory, "TRANSFER_BUFFER", 10**8)
+    embedding = 2 * 217_210 * 2048
+    expected = 2 * (10**8 + embedding)
+    assert expected < whole
+    assert grpo_memory(recipe, published).phases["sending"] == expected
+    assert memory.worker_memory(recipe, published)["rollout"].phases["receiving"] == expected
+
+
 def test_the_constants_are_those_of_the_engines():
     import inspect
 

@@ -192,6 +192,23 @@ def test_piped_output_is_plain_text(sizes, capsys):
     assert "32 GPUs need rollout.prompts_per_step=32" in text
 
 
+def test_workers_are_counted_where_they_are(sizes, capsys):
+    asked = [PUBLISHED, "decode.workers=2", "rollout.workers=2", "rollout.engine=vllm"]
+    asked += ["rollout.ray.gpus_per_worker=1", "rollout.ray.address=auto"]
+    asked += ["rollout.vllm.weight_transfer=nccl"]
+    facts = planned(capsys, *asked)
+    assert facts["workers"].keys() == {"rollout", "decode"}
+    one, several = facts["memory"][0]["phases"], facts["memory"][1]["phases"]
+    assert one["sampling"] == 0 < several["sampling"]  # several GPUs have no workers
+    assert one["decoding"] < 10**9 < several["decoding"]
+    assert "sending" in one
+    assert "sending" not in several
+    text = shown(capsys, *asked)
+    assert text.index("memory of each worker") < text.index("several GPUs need decode.workers=0")
+    assert planned(capsys, PUBLISHED)["workers"] == {}
+    assert "each worker" not in shown(capsys, PUBLISHED)
+
+
 @pytest.mark.parametrize(
     ("steps", "every", "times"),
     [(2, 10, 2), (20, 10, 3), (25, 10, 4), (25, 0, 0)],  # before the first step: 0, 10, 20, 25
