@@ -1,6 +1,7 @@
 """The Ray cluster of a run: started on this machine for its time, or joined."""
 
 import os
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -85,8 +86,16 @@ def _connect(address: str | None, placements: Sequence[Placement]) -> None:
 
     if address is not None:
         try:
+            _check_port(address)
             ray.init(address=address, log_to_driver=False, configure_logging=False)
-        except (ConnectionError, ValueError) as error:  # the latter: it is no address
+        except (ConnectionError, ValueError, ray.exceptions.AuthenticationError) as error:
+            if "AuthenticationError" in f"{error!r} {error.__cause__}":
+                raise RunError(
+                    f"rollout.ray.address: the Ray cluster at {address} asks for its token, and "
+                    "this process has none or another.\n"
+                    "    Fix: copy ~/.ray/auth_token from the cluster's first machine, and `export "
+                    "RAY_AUTH_MODE=token`."
+                ) from error
             raise RunError(
                 f"rollout.ray.address: no Ray cluster answers at {address} ({error}).\n"
                 "    Fix: start one with `ray start --head` and write auto or HOST:PORT, or set "
@@ -104,6 +113,19 @@ def _connect(address: str | None, placements: Sequence[Placement]) -> None:
         log_to_driver=False,
         configure_logging=False,
     )
+
+
+def _check_port(address: str) -> None:
+    """Raise ConnectionError or ValueError where nothing listens: Ray would try for minutes."""
+    from ray._private.services import canonicalize_bootstrap_address
+
+    found = None if "://" in address else canonicalize_bootstrap_address(address)
+    if found is not None:
+        host, _, port = found.rpartition(":")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+        except OSError as error:
+            raise ConnectionError(error) from error
 
 
 def _needed(placements: Sequence[Placement]) -> dict[str, float]:

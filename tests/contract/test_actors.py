@@ -2,6 +2,8 @@
 
 import os
 import signal
+import socket
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -129,6 +131,58 @@ def test_a_pool_that_is_closed_gives_up_what_is_running(pool):
             running.result(timeout=20)
     assert pool.handles == []
     assert pool.replaced == 0
+
+
+JOIN = """
+import sys
+from common.errors import RunError
+from rollout.cluster import Placement, ray_cluster
+try:
+    with ray_cluster(sys.argv[1], [Placement("rollout", 1, cpus=0.1)]):
+        print("joined")
+except RunError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("secret", "told"),
+    [
+        ({"RAY_AUTH_MODE": "token"}, "joined"),
+        ({"RAY_AUTH_MODE": "disabled"}, "asks for its token"),
+        ({"RAY_AUTH_MODE": "token", "HOME": "/nowhere"}, "asks for its token"),
+    ],
+)
+def test_a_cluster_s_token_is_told_from_a_cluster_that_is_not_there(secret, told, tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-c", JOIN, ray.get_runtime_context().gcs_address],
+        env=os.environ | {"RAY_gcs_server_port_wait_time_s": "1"} | secret,
+        cwd=Path(__file__).resolve().parents[2],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert told in result.stdout
+    if told != "joined":
+        assert "Fix: copy ~/.ray/auth_token" in result.stdout
+
+
+@pytest.mark.parametrize("auto", [False, True])
+def test_an_address_where_nothing_answers_is_refused_at_once(auto, monkeypatch):
+    ray.shutdown()
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))  # and does not listen
+        address = f"127.0.0.1:{bound.getsockname()[1]}"
+        if auto:  # as after a head that was killed: Ray still knows its address
+            monkeypatch.setenv("RAY_ADDRESS", address)
+            address = "auto"
+        began = time.perf_counter()
+        with (
+            pytest.raises(RunError, match=rf"rollout\.ray\.address: .*{address} .*refused"),
+            ray_cluster(address, [PLACE]),
+        ):
+            pass
+        assert time.perf_counter() - began < 5
 
 
 @pytest.mark.parametrize("address", ["nonsense", "host:port", ":6379"])
