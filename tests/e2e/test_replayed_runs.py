@@ -92,7 +92,7 @@ def test_check_refuses_what_train_refuses(policy_folder, tmp_path, monkeypatch, 
         return " ".join(capsys.readouterr().err.split())
 
     replay = "rollout.replay=~/saved"
-    assert "were judged by another" in check(replay)
+    assert "was judged by another" in check(replay)
     assert "samples of other prompts" in check(replay, "rollout.group_size=2")
     assert "holds saved rollouts already" in check("rollout.save_to=~/saved")
     monkeypatch.setenv("WORLD_SIZE", "2")
