@@ -31,9 +31,13 @@ def training_records(
         raise DataError(
             f"{path}: no such file.\n    Fix: correct the path (`prompts.source` in a recipe)."
         )
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: {error}.\n    Fix: make it a UTF-8 text file.") from error
     records = []
     # Not splitlines(): a JSON text may hold U+2028 and other line ends of Unicode as they are.
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             records.append(_record(path, number, line))
     if not records:

@@ -7,12 +7,13 @@ policies draw the same random numbers, and a run that was cut off goes on where 
 import hashlib
 import json
 import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from PIL import Image
@@ -289,8 +290,27 @@ def _score_all(
     score = partial(_score, suite)
     if suite.workers == 1:  # in this thread, which Ctrl-C reaches
         return list(map(score, made, records))
-    with ThreadPoolExecutor(suite.workers) as pool:
-        return list(pool.map(score, made, records))
+    futures = [Future[tuple[SampleScore, float]]() for _ in records]
+    rest = iter(list(zip(futures, made, records, strict=True)))
+    try:
+        for _ in range(suite.workers):
+            # A daemon: neither Ctrl-C nor the interpreter's end waits for a judge that hangs.
+            Thread(target=_take_jobs, args=(rest, score), daemon=True).start()
+        return [future.result() for future in futures]
+    finally:
+        for future in futures:
+            future.cancel()
+
+
+def _take_jobs(rest: Iterable[tuple[Future[Any], Any, Record]], score: Callable[..., Any]) -> None:
+    """Score what is left, beside other threads that do the same, until it is done or cancelled."""
+    for future, made, record in rest:
+        if not future.set_running_or_notify_cancel():
+            return
+        try:
+            future.set_result(score(made, record))
+        except BaseException as error:  # raised where the scores are collected
+            future.set_exception(error)
 
 
 def _score(suite: Suite, made: Any, record: Record) -> tuple[SampleScore, float]:

@@ -103,7 +103,8 @@ class Judge:
         async def one(text: str, images: Sequence[Image.Image]) -> dict[str, Any] | JudgeFailure:
             async with self._free:
                 try:
-                    return await self._answer(client, text, list(map(_data_url, images)), parse)
+                    pictures = await asyncio.to_thread(lambda: list(map(_data_url, images)))
+                    return await self._answer(client, text, pictures, parse)
                 except JudgeFailure as failure:
                     return failure
 

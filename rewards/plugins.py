@@ -6,6 +6,7 @@ import importlib.util
 import inspect
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,8 +171,11 @@ def _run_file(path: Path) -> ModuleType:
         loader.exec_module(module)
     except (Exception, SystemExit) as error:
         del sys.modules[name]
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == str(full)]
+        where = f" in line {lines[-1]}" if lines else ""
         raise RewardError(
-            f"{path} fails when run: {type(error).__name__}: {error}. Fix: run it with Python "
-            "to see where."
+            f"{path} fails{where} when run: {type(error).__name__}: {error}. Fix: run it with "
+            "Python to see more."
         ) from error
     return module

@@ -336,6 +336,8 @@ class _EngineSync:
         self._sync = sync
 
     def sync_weights(self) -> None:
+        if self._trainer.replay is not None:
+            return  # nobody samples; the held-out evaluation syncs by itself
         with self._trainer.timeline.busy("sync"):
             self._sync(self._trainer.state.global_step)
 

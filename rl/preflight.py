@@ -95,7 +95,7 @@ def check_replay(recipe: GrpoRecipe, processes: int) -> None:
 def check_replayed_rewards(recipe: GrpoRecipe, rewards: Sequence[str]) -> None:
     """Raise RunError unless rewards of these names judged the rollouts to replay, if any."""
     if recipe.rollout.replay:
-        check_judges(Path(recipe.rollout.replay), rewards)
+        check_judges(Path(recipe.rollout.replay), rewards, recipe.train.steps)
 
 
 def check_whole_batch(recipe: GrpoRecipe, whole_batch: Sequence[str], processes: int) -> None:

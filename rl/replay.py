@@ -89,5 +89,7 @@ def load_rollout(
 
 
 def _composed(saved: dict[str, Any], composition: Composition, step: int) -> Scored:
-    counted = composition.counted(saved["parts"], step)
-    return Scored(**saved | {"counted": counted, "total": composition.total(counted, step)})
+    parts = saved["parts"]
+    counted = composition.counted(parts, step)
+    total = composition.total(counted, step)
+    return Scored(total, parts, saved.get("reasons", {}), saved.get("details", {}), counted)

@@ -4,6 +4,8 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
+from math import isfinite
+from numbers import Real
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -103,14 +105,27 @@ def check_saved(folder: Path, recipe: GrpoRecipe, processes: int) -> None:
         read_samples(folder, *divmod(i, processes), prompts[i * share : (i + 1) * share])
 
 
-def check_judges(folder: Path, rewards: Sequence[str]) -> None:
-    """Raise RunError unless the rollouts were judged by the rewards of these names."""
-    judges = _read(folder)["samples"][0]["score"]["parts"]
-    if judges.keys() != set(rewards):
-        raise RunError(
-            f"rewards.functions: the rollouts of {folder} were judged by {', '.join(judges)}, and "
-            f"the recipe has {', '.join(rewards)}.\n    Fix: replay with the rewards that judged."
-        )
+def check_judges(folder: Path, rewards: Sequence[str], steps: int) -> None:
+    """Raise RunError unless each sample has a score, or null, of each reward of these names."""
+    processes = _read(folder)["processes"]
+    for i in range(steps * processes):
+        file = samples_file(folder, *divmod(i, processes))
+        with _refused(file):
+            for number, sample in enumerate(_read(folder, *divmod(i, processes))["samples"]):
+                parts = sample["score"]["parts"]
+                if parts.keys() != set(rewards):
+                    raise RunError(
+                        f"rewards.functions: by {file}, sample {number} was judged by "
+                        f"{', '.join(parts) or 'none'}, and the recipe has {', '.join(rewards)}.\n"
+                        "    Fix: replay with the rewards that judged; in a file that was edited, "
+                        "write a number or null for each of them."
+                    )
+                for name, value in parts.items():
+                    if value is not None and not (isinstance(value, Real) and isfinite(value)):
+                        raise ValueError(
+                            f"the score {value!r} of `{name}` for sample {number} is "
+                            "neither a finite number nor null"
+                        )
 
 
 def _read(folder: Path, step: int = 0, process: int = 0) -> dict[str, Any]:
@@ -134,7 +149,8 @@ def _refused(file: Path) -> Iterator[Path]:
     """Turn what reading a missing or damaged file raises into a RunError."""
     try:
         yield file
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        why = f"it lacks {error}" if isinstance(error, KeyError) else error
         raise RunError(
-            f"{file} cannot be used: {error}\n    Fix: copy the saved rollouts again, or save anew."
+            f"{file} cannot be used: {why}\n    Fix: copy the saved rollouts again, or save anew."
         ) from error

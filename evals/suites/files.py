@@ -4,7 +4,7 @@ import csv
 import hashlib
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,38 +69,59 @@ def read_parquet(files: Sequence[Path], columns: Sequence[str]) -> list[dict[str
 def read_prompts(file: Path) -> tuple[Record, ...]:
     """Return prompt records of a list of prompts, all of one task named after the file.
 
-    Understood: .jsonl as everywhere; .json with texts, or with objects that have `prompt` and
-    perhaps `id`; .csv and .tsv with a column Prompt, Prompts or text (DrawBench, PartiPrompts);
-    any other file as one prompt a line. Raises DataError naming the file.
+    Understood: .jsonl as everywhere; .json with texts, or with objects that have `prompt`, perhaps
+    `id`, and further columns, which are kept (`tag` or `metadata.tag` names another task); .csv and
+    .tsv with a column Prompt, Prompts or text (DrawBench, PartiPrompts); any other file as one
+    prompt a line. Raises DataError naming the file.
     """
+    found: list[tuple[str | None, str, dict[str, Any]]]
     if file.suffix == ".jsonl":
-        found = [(r["prompt_id"], r["prompt"]) for r in training_records(str(file), "all")]
+        found = [(r["prompt_id"], r["prompt"], {}) for r in training_records(str(file), "all")]
     elif file.suffix == ".json":
         found = list(map(_from_json, _list(file)))
     elif file.suffix in (".csv", ".tsv"):
-        found = [(None, _cell(file, row)) for row in read_table(file, ())]
+        found = [(None, _cell(file, row), {}) for row in read_table(file, ())]
     else:
-        found = [(None, line) for line in _text(file).splitlines()]
-    prompts = [(name, text.strip()) for name, text in found if text and text.strip()]
+        found = [(None, line, {}) for line in _text(file).splitlines()]
+        if found and _is_object(found[0][1]):
+            raise DataError(
+                f"{file} holds JSON, not one prompt a line.\n    Fix: call it {file.stem}.jsonl."
+            )
+    prompts = [(name, text.strip(), more) for name, text, more in found if text.strip()]
     if not prompts:
         raise _unreadable(file, "it has no prompts")
     return tuple(
         {
+            **more,
             "prompt": text,
             "prompt_id": f"{file.stem}-{number:05d}" if name is None else name,
             "cluster": text,  # the same prompt twice is one fact
-            "metadata": {"tag": file.stem},
+            "metadata": {"tag": file.stem, **_metadata(more)},
         }
-        for number, (name, text) in enumerate(prompts)
+        for number, (name, text, more) in enumerate(prompts)
     )
 
 
-def _from_json(row: Any) -> tuple[str | None, str]:
-    if isinstance(row, str):
-        return None, row
-    name = row.get("id", row.get("prompt_id")) if isinstance(row, dict) else None
-    text = row.get("prompt", row.get("text")) if isinstance(row, dict) else None
-    return None if name is None else str(name), text if isinstance(text, str) else ""
+def _is_object(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
+
+
+def _from_json(row: Any) -> tuple[str | None, str, dict[str, Any]]:
+    """Return id, prompt and further columns of an entry; no prompt of one that has none."""
+    if not isinstance(row, dict):
+        return None, row if isinstance(row, str) else "", {}
+    name, text = row.get("id", row.get("prompt_id")), row.get("prompt", row.get("text"))
+    known = ("id", "prompt_id", "prompt", "text")
+    more = {key: value for key, value in row.items() if key not in known}
+    return None if name is None else str(name), text if isinstance(text, str) else "", more
+
+
+def _metadata(more: Mapping[str, Any]) -> Mapping[str, Any]:
+    given = more.get("metadata")
+    return given if isinstance(given, dict) else more
 
 
 def _list(file: Path) -> list[Any]:

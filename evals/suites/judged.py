@@ -4,6 +4,8 @@ import asyncio
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from functools import cache
+from threading import Lock, Thread
 from typing import Any
 
 from PIL import Image
@@ -15,6 +17,15 @@ from rewards.judge_client import Judge, JudgeFailure, Parse
 
 WORKERS = 8
 """Pictures that are judged at the same time."""
+_ONE_LOOP = Lock()
+
+
+@cache
+def _event_loop() -> asyncio.AbstractEventLoop:
+    """Return the loop of all requests: those of a judge can only be limited within one loop."""
+    loop = asyncio.new_event_loop()
+    Thread(target=loop.run_forever, name="judges", daemon=True).start()
+    return loop
 
 
 def judge_of(options: Mapping[str, str]) -> Judge:
@@ -28,9 +39,11 @@ def ask(
     questions: Sequence[tuple[str, Sequence[Image.Image]]],
     parse: Parse | None = None,
 ) -> tuple[list[dict[str, Any]], str]:
-    """Return the judge's answers to all questions, or none of them and why."""
+    """Return the judge's answers to all questions, or none of them and why. Any thread may ask."""
     answers: list[dict[str, Any]] = []
-    for answer in asyncio.run(judge.ask(questions, parse)):
+    with _ONE_LOOP:
+        loop = _event_loop()
+    for answer in asyncio.run_coroutine_threadsafe(judge.ask(questions, parse), loop).result():
         if isinstance(answer, JudgeFailure):
             return [], str(answer)
         answers.append(answer)

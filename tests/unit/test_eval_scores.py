@@ -1,10 +1,16 @@
 """Scores that fail or cannot be stored: none and the reason, and tried again."""
 
+import signal
+import threading
+import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from eval_stand_in import StandInPolicy, toy_suite, without_first
+from PIL import Image
 
 from cli.eval import summary
 from evals.results import load_results
@@ -103,3 +109,32 @@ def test_a_score_without_an_interval_says_why(
     lines = summary(load_results(tmp_path / "a").results)
     assert lines[1].endswith(f"no interval: {overall}")
     assert lines[2].endswith(f"no interval: {first}")
+
+
+def test_ctrl_c_waits_for_none_of_several_judges_that_hang(tmp_path: Path) -> None:
+    suite = toy_suite(8)
+    right, released = SampleScore({"strict": 1.0, "extra_objects": 0.0}, ""), threading.Event()
+    asked: list[str] = []
+
+    def score(image: Image.Image, record: Mapping[str, Any]) -> SampleScore:
+        asked.append(record["prompt_id"])
+        if len(asked) > 4:  # of the second batch
+            if len(asked) == 7:
+                signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            released.wait(30)
+        return right
+
+    policy = StandInPolicy(suite.records, 0.4)
+    before, started = set(threading.enumerate()), time.monotonic()
+    slow = replace(suite, score=score, workers=3)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(policy, slow, tmp_path / "a", seeds=1, batch_size=4, weights="w")
+    assert time.monotonic() - started < 20
+    assert len((tmp_path / "a" / "samples.jsonl").read_text().splitlines()) == 4
+    hanging = set(threading.enumerate()) - before
+    assert len(hanging) == 3
+    assert all(thread.daemon for thread in hanging)  # the interpreter's end waits for no daemon
+    released.set()
+    for thread in hanging:
+        thread.join(10)
+    assert len(asked) == 7  # the eighth picture is not judged any more

@@ -257,3 +257,16 @@ def test_a_wise_answer_with_a_wrong_mark_is_no_score(mark) -> None:
     told = wiscore([{"consistency": 1, "realism": mark, "aesthetic_quality": 0}], "")
     assert set(told.values.values()) == {None}
     assert "realism" in told.reason
+
+
+def test_requests_of_all_threads_and_batches_count_together(
+    gedit, server: Server, tmp_path
+) -> None:
+    marks = json.dumps({"score": [5, 5], "reason": "so"})
+    options = gedit | judge(server, lambda text: marks) | {"concurrency": "2", "timeout_s": "10"}
+    server.pause = 0.1
+    suite = load_suite("gedit", options=options)
+    results = evaluate(Painter(), suite, tmp_path / "r", seeds=2, weights="w", batch_size=3)
+    assert results["unscored"]["overall"] == 0
+    assert len(server.requests) == 2 * 6
+    assert server.most_under_way == 2

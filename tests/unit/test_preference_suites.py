@@ -58,6 +58,20 @@ def test_lists_of_prompts(tmp_path: Path, name: str, text: str, ids: list[str]) 
     assert {task_of(record) for record in records} == {name[0]}
 
 
+@pytest.mark.parametrize("meta", [True, False])
+def test_objects_of_a_json_list_keep_what_rewards_ask_for(tmp_path: Path, meta: bool) -> None:
+    asked = {"tag": "counting", "include": [{"class": "circle", "count": 2}]}
+    row = {"prompt": "two circles", "target": 0.5, **({"metadata": asked} if meta else asked)}
+    (tmp_path / "a.json").write_text(json.dumps([row]))
+    options = {"prompts": str(tmp_path / "a.json"), "reward": "geneval", "detector": "scenes"}
+    suite = load_suite("prompt-file", options=options)
+    [record] = suite.records
+    suite.close()
+    assert (record["prompt"], record["target"]) == ("two circles", 0.5)
+    assert record["metadata"]["include"] == asked["include"]
+    assert task_of(record) == "counting"
+
+
 def test_a_prompt_that_stands_twice_in_a_list_is_one_fact(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a dog\ntwo cats\na dog\n")
     first, other, again = (record["cluster"] for record in read_prompts(tmp_path / "a.txt"))
@@ -71,6 +85,11 @@ def test_a_prompt_that_stands_twice_in_a_list_is_one_fact(tmp_path: Path) -> Non
         ("a.json", '{"a": 1}', "not a list of prompts"),
         ("a.json", "[", "not JSON"),
         ("a.csv", "id,caption\n1,a dog\n", "none of its columns"),
+        (
+            "a.txt",
+            '{"prompt": "a dog"}\n{"prompt": "two cats"}\n',
+            "JSON(?s:.*)Fix: call it a.jsonl",
+        ),
     ],
 )
 def test_an_unreadable_list_is_named(tmp_path: Path, name: str, text: str, words: str) -> None:

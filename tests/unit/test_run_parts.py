@@ -57,6 +57,15 @@ def test_only_a_newline_ends_a_line_of_a_prompt_file(tmp_path):
     assert [r["prompt"] for r in training_records(str(file), "all")] == ["a\u2028b", "c\u0085d"]
 
 
+def test_a_prompt_file_is_utf_8_with_or_without_a_mark(tmp_path):
+    file = tmp_path / "p.jsonl"
+    file.write_text('{"prompt": "café"}\n', encoding="utf-8-sig")
+    assert [r["prompt"] for r in training_records(str(file), "all")] == ["café"]
+    file.write_text('{"prompt": "café"}\n', encoding="latin-1")
+    with pytest.raises(DataError, match=r"p\.jsonl: 'utf-8' codec(?s:.*)Fix: make it a UTF-8"):
+        training_records(str(file), "all")
+
+
 def test_a_step_s_prompts_depend_on_seed_and_step_alone():
     short, long, other = drawn(3), drawn(7), drawn(3, seed=1)
     assert len(short) == 15

@@ -1,5 +1,6 @@
 """Saved rollouts: what a replay makes of them."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from rewards.runner import Scored
 from rewards.spec import Gate, RewardSpec
 from rl.replay import load_rollout, save_rollout
 from rl.rollouts import Rollout
-from rl.saved_rollouts import check_saved, refuse_used
+from rl.saved_rollouts import check_judges, check_saved, refuse_used
 
 
 def saved(folder: Path, parts: list[dict], step: int = 0, prompts: Sequence[str] = ()) -> list[str]:
@@ -109,6 +110,36 @@ def test_tokens_that_were_edited_are_told_before_the_run_and_at_their_step(tmp_p
         check_saved(folder, recipe, 1)
     with pytest.raises(RunError, match=told):
         load_rollout(folder, [], Composition({}), 1, 0, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("score", "told"),
+    [
+        ({"parts": {}}, "sample 7 was judged by none, and the recipe has red"),
+        ({"parts": {"red": 0.1, "rde": 0.2}}, "sample 7 was judged by red, rde, and the recipe"),
+        ({"parts": {"red": "0.5"}}, "score '0.5' of `red` for sample 7 is neither a finite number"),
+        ({"parts": {"red": float("nan")}}, "score nan of `red` for sample 7 is neither a finite"),
+        ({"parts": [0.5]}, "cannot be used"),
+        ({"part": {"red": 0.5}}, "cannot be used: it lacks 'parts'"),
+    ],
+)
+def test_an_edited_score_of_any_step_is_told_before_the_run(tmp_path, score, told):
+    for step in range(2):
+        saved(tmp_path, [{"red": 0.5}] * 8, step)
+    check_judges(tmp_path, ["red"], 2)
+    file = tmp_path / "step-000001-0" / "samples.json"
+    facts = json.loads(file.read_text())
+    facts["samples"][7]["score"] = {"parts": {"red": None}, "note": "by hand"}
+    file.write_text(json.dumps(facts))
+    check_judges(tmp_path, ["red"], 2)
+    rollout, _ = load_rollout(
+        tmp_path, ["x"] * 8, Composition({"red": RewardSpec("r")}), 1, 0, torch.device("cpu")
+    )
+    assert rollout.scores[7].total is None
+    facts["samples"][7]["score"] = score
+    file.write_text(json.dumps(facts))
+    with pytest.raises(RunError, match=rf"0001-0/samples.json.* {told}(?s:.*)Fix: "):
+        check_judges(tmp_path, ["red"], 2)
 
 
 def test_a_folder_to_save_rollouts_to_can_be_written(tmp_path):
