@@ -6,8 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import settings
 
 from common.heavy import prepare_torchvision
+
+# An example is given 0.2 s by default, which a test that loses its core for a moment exceeds.
+settings.register_profile("any machine", deadline=None)
+settings.load_profile("any machine")
 
 # Tests may import transformers and its relatives before any of our packages.
 prepare_torchvision()

@@ -19,7 +19,8 @@ class Server(ThreadingHTTPServer):
         self.keys = []
         self.under_way = self.most_under_way = 0
         self.pause = 0.0
-        self.lock = threading.Lock()
+        self.together = 1  # requests that must have been under way at once before one is answered
+        self.lock = threading.Condition()
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property
@@ -36,6 +37,10 @@ class Handler(BaseHTTPRequestHandler):
             number = len(self.server.requests)
             self.server.under_way += 1
             self.server.most_under_way = max(self.server.most_under_way, self.server.under_way)
+            self.server.lock.notify_all()
+            self.server.lock.wait_for(
+                lambda: self.server.most_under_way >= self.server.together, timeout=15
+            )
         time.sleep(self.server.pause)
         status, text = self.server.say(number)
         with self.server.lock:

@@ -1,5 +1,6 @@
 """Drawing ahead: whose weights a sample has, what the correction makes of it, what is resumed."""
 
+import time
 from copy import deepcopy
 from dataclasses import replace
 from threading import Event
@@ -92,6 +93,17 @@ def lagging(policy_folder, tmp_path_factory):
         side = ModelSide(policy.ar, step, [], config.image_start_id, config.num_image_tokens)
         push_weights(trainer.ahead, side)
 
+    compute_loss = trainer.compute_loss
+
+    def once_drawing(*given, **named):
+        """The update waits for the draw's thread, which may get a core after all of it."""
+        ending = time.monotonic() + 20
+        wanted = min(trainer.state.global_step + 2, 3)
+        while engine.calls.count("generate") < wanted and time.monotonic() < ending:
+            time.sleep(0.001)
+        return compute_loss(*given, **named)
+
+    trainer.compute_loss = once_drawing
     trainer.vllm_generation._sync = sync
     keep_rows(trainer)
     batches = watch_batches(trainer)
@@ -250,10 +262,11 @@ def test_closing_waits_for_no_draw(policy, requests):
     class Slow(Watched):
         def __init__(self, policy) -> None:
             super().__init__(policy)
-            self.closed = Event()
+            self.begun, self.closed = Event(), Event()
 
         def generate(self, *asked):
-            self.calls.append("ended" if self.closed.wait(10) else "waited")
+            self.begun.set()
+            self.calls.append("ended" if self.closed.wait(60) else "waited")
             raise RunError("closed")
 
         def close(self):
@@ -261,6 +274,7 @@ def test_closing_waits_for_no_draw(policy, requests):
 
     engine = AheadEngine(slow := Slow(policy))
     engine.draw_ahead(requests)
+    assert slow.begun.wait(60)  # a draw that has not begun is dropped
     engine.close()
     assert slow.calls == ["ended"]
 

@@ -67,7 +67,8 @@ def check(folder, functions, source="scenes", *options):
     ],
 )
 def test_what_is_wrong_with_a_reward_is_told(folder, capsys, name, problem):
-    use = f'{{use: "mine.py:{name}", timeout_s: 0.2}}, {{use: geneval}}'
+    limit = 0.2 if name == "slow" else 60
+    use = f'{{use: "mine.py:{name}", timeout_s: {limit}}}, {{use: geneval}}'
     assert check(folder, use) == 1
     captured = capsys.readouterr()
     assert f"reward `{name}`: " in captured.err

@@ -15,7 +15,7 @@ def at_once(*calls):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(10)
+        thread.join(30)
 
 
 def test_what_one_load_changes_for_all_threads_reaches_no_other_load():
@@ -41,25 +41,21 @@ def test_what_one_load_changes_for_all_threads_reaches_no_other_load():
 
 
 def test_equal_arguments_load_once_and_what_is_loaded_waits_for_nobody():
-    loads, waited = [], []
+    loads, begun, got, in_time = [], threading.Event(), threading.Event(), []
 
     @loaded_once
     def slow(name, device="cpu"):
         loads.append((name, device))
-        time.sleep(0.3)
+        if name == "b":
+            begun.set()
+            in_time.append(got.wait(10))
+        time.sleep(0.1)
         return object()
 
     at_once(lambda: slow("a"), lambda: slow("a"), lambda: slow("a", device="cuda"))
     assert sorted(loads) == [("a", "cpu"), ("a", "cuda")]
-
-    def again():
-        time.sleep(0.1)
-        start = time.perf_counter()
-        slow("a")
-        waited.append(time.perf_counter() - start)
-
-    at_once(lambda: slow("b"), again)
-    assert waited[0] < 0.1
+    at_once(lambda: slow("b"), lambda: (begun.wait(10), slow("a"), got.set()))
+    assert in_time == [True]  # "a" was got in the middle of loading "b"
 
 
 def test_a_failed_load_is_tried_again_and_one_network_may_be_part_of_another():

@@ -54,10 +54,10 @@ def test_a_picture_that_hangs_costs_only_its_own_score(release):
         return [0.5] * len(images)
 
     start = time.perf_counter()
-    scored = run(RewardSpec("t_hangs", timeout_s=0.3), RewardSpec("t_steady"))
-    assert time.perf_counter() - start < 5
+    scored = run(RewardSpec("t_hangs", timeout_s=0.5), RewardSpec("t_steady"))
+    assert time.perf_counter() - start < 20
     assert parts(scored, "t_hangs") == [0.5, 0.5, None, 0.5, 0.5, 0.5]
-    assert "0.3 s" in scored[2].reasons["t_hangs"]
+    assert "0.5 s" in scored[2].reasons["t_hangs"]
     assert parts(scored, "t_steady") == [0, 1, 2, 3, 4, 5]
 
 
@@ -70,7 +70,7 @@ def test_pictures_that_hang_cost_only_their_own_scores_however_many(release, han
         return [0.5] * len(images)
 
     pictures = [grey(i) for i in range(40)]
-    scored = run(RewardSpec("t_hangs_often", timeout_s=0.1), images=pictures, batch_size=8)
+    scored = run(RewardSpec("t_hangs_often", timeout_s=0.3), images=pictures, batch_size=8)
     expected = [None if i in hanging else 0.5 for i in range(40)]
     assert parts(scored, "t_hangs_often") == expected
 
@@ -84,7 +84,7 @@ def test_a_coroutine_that_blocks_its_thread_takes_no_others_along(release):
         await asyncio.sleep(0.01)
         return [0.5] * len(images)
 
-    scored = run(RewardSpec("t_blocks_on_one", timeout_s=0.2))
+    scored = run(RewardSpec("t_blocks_on_one", timeout_s=0.5))
     assert parts(scored, "t_blocks_on_one") == [0.5, 0.5, None, 0.5, 0.5, 0.5]
 
 
@@ -101,18 +101,20 @@ def test_a_reward_that_always_hangs_is_given_up_and_taken_back_when_its_calls_re
         return [0.5] * len(images)
 
     many = [grey(i) for i in range(40)]
-    with RewardRunner([RewardSpec("t_stuck", timeout_s=0.05)], batch_size=4) as runner:
+    with RewardRunner([RewardSpec("t_stuck", timeout_s=0.2)], batch_size=4) as runner:
         start = time.perf_counter()
         scored = runner.score(many, [""] * 40)
         assert parts(scored, "t_stuck") == [None] * 40
         assert calls == [4] * 2 + [1] * 8
         assert any("8 calls did not come back" in one.reasons["t_stuck"] for one in scored)
         again = runner.score(many, [""] * 40)
-        assert time.perf_counter() - start < 5
+        assert time.perf_counter() - start < 25
         assert len(calls) == 12
         assert "workers: 1" in again[0].reasons["t_stuck"]
         release.set()
-        time.sleep(0.3)
+        for thread in threading.enumerate():
+            if thread.name == "reward-t_stuck":
+                thread.join(10)
         assert parts(runner.score(PICTURES, PROMPTS), "t_stuck") == [0.5] * 6
 
 
@@ -126,19 +128,20 @@ def test_async_calls_on_a_blocked_thread_share_one_time_limit(release):
         return [0.5] * len(images)
 
     start = time.perf_counter()
-    images = [grey(0)] * 40
-    scored = run(RewardSpec("t_blocked", timeout_s=0.1), images=images)
-    # Two limits for the batches, as much for each of the eight pictures that are tried.
-    assert time.perf_counter() - start < 18 * 0.1 + 1.5
-    assert parts(scored, "t_blocked") == [None] * 40
+    images = [grey(0)] * 100
+    scored = run(RewardSpec("t_blocked", timeout_s=0.1), images=images, batch_size=1)
+    assert time.perf_counter() - start < 100 * 0.1  # twice that if each waits for its own
+    assert parts(scored, "t_blocked") == [None] * 100
 
 
 def test_async_rewards_run_together_and_a_hanging_one_is_cancelled():
-    cancelled = []
+    begun, cancelled = [], []
 
     @reward(name="t_async")
     async def waits(images):
-        await asyncio.sleep(0.4)
+        begun.append(True)
+        while len(begun) < 6:  # each waits for all
+            await asyncio.sleep(0.01)
         return [0.5] * len(images)
 
     @reward(name="t_never")
@@ -151,11 +154,9 @@ def test_async_rewards_run_together_and_a_hanging_one_is_cancelled():
             cancelled.append(True)
             raise
 
-    start = time.perf_counter()
     scored = run(
-        RewardSpec("t_async", timeout_s=5), RewardSpec("t_never", timeout_s=0.3), batch_size=1
+        RewardSpec("t_async", timeout_s=20), RewardSpec("t_never", timeout_s=1), batch_size=1
     )
-    assert time.perf_counter() - start < 2  # six calls of 0.4 s, side by side
     assert parts(scored, "t_async") == [0.5] * 6
     assert parts(scored, "t_never") == [0.5, None] + [0.5] * 4
     assert cancelled == [True]
@@ -169,7 +170,7 @@ def test_an_async_reward_that_blocks_its_thread_is_left_behind(release):
 
     start = time.perf_counter()
     scored = run(RewardSpec("t_blocks", timeout_s=0.2), RewardSpec("t_steady"), images=PICTURES[:2])
-    assert time.perf_counter() - start < 5
+    assert time.perf_counter() - start < 20
     assert parts(scored, "t_blocks") == [None, None]
     assert parts(scored, "t_steady") == [0, 1]
 

@@ -23,7 +23,7 @@ from rewards.runner import RewardRunner, RewardSpec
 from rewards.workers import WorkerHost
 
 FILE = '''
-import os, signal, sys, time
+import os, pathlib, signal, sys, time
 import numpy as np
 from rewards import Score
 
@@ -60,8 +60,13 @@ def sizes(images):
     time.sleep(0.05)
     return [float(len(images))] * len(images)
 
-def slow(images):
-    time.sleep(0.5)
+def together(images, prompts):
+    """1.0 once three processes were in their calls at once."""
+    (pathlib.Path(prompts[0]) / str(os.getpid())).touch()
+    for _ in range(6000):
+        if len(os.listdir(prompts[0])) >= 3:
+            return [1.0] * len(images)
+        time.sleep(0.01)
     return [0.0] * len(images)
 '''
 STUCK = """
@@ -114,16 +119,15 @@ def test_crash_hang_and_the_rest_cost_only_their_own_picture(file):
     assert not multiprocessing.active_children()  # the one that hung was killed
 
 
-def test_several_processes_work_side_by_side_one_thread_each_and_async_is_awaited(file):
+def test_several_processes_work_side_by_side_one_thread_each_and_async_is_awaited(file, tmp_path):
     specs = [
-        RewardSpec(f"{file}:slow", workers=3),
+        RewardSpec(f"{file}:together", workers=3, timeout_s=90),
         RewardSpec(f"{file}:later", workers=1),
         RewardSpec(f"{file}:threads", workers=1),
     ]
     with RewardRunner(specs, batch_size=1) as runner:
-        runner.score(pictures(3), [""] * 3)  # they start
-        scored = runner.score(pictures(6), [""] * 6)
-        assert runner.seconds["slow"] < 6 * 0.5 * 0.75
+        scored = runner.score(pictures(6), [str(tmp_path)] * 6)
+    assert parts(scored, "together") == [1.0] * 6
     assert parts(scored, "later") == [1.0] * 6
     assert parts(scored, "threads") == [1.0] * 6
 
@@ -197,7 +201,7 @@ def test_closing_ends_a_process_that_is_just_being_started(file):
 
 
 def test_one_picture_on_which_a_reward_hangs_costs_only_its_own_score(file):
-    with RewardRunner([RewardSpec(f"{file}:hangs_on_red", timeout_s=0.5, workers=1)]) as runner:
+    with RewardRunner([RewardSpec(f"{file}:hangs_on_red", timeout_s=1, workers=1)]) as runner:
         scored = runner.score(pictures(6), [""] * 6)
     assert parts(scored, "hangs_on_red") == [1, 1, 1, None, 1, 1]
 
