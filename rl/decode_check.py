@@ -83,7 +83,8 @@ def raised(used: Decode, full: Decode) -> Decode:
         used,
         guidance=full.guidance,
         guidance_interval=full.guidance_interval,
-        tile=used.tile and full.tile,  # whole pictures are never cut
+        # None is whole pictures: better than any tile.
+        tile=used.tile and full.tile and max(used.tile, full.tile),
     )
 
 

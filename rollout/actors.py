@@ -24,6 +24,10 @@ MAX_LOSSES = 3
 """A piece of work that loses more actors stops the run: that is no accident. An actor's place where
 so many could not start in a row is given up."""
 
+ANSWER_S = 5.0
+"""Seconds for which an idle actor that is asked whether it is there is waited for; later it joins
+by itself."""
+
 
 class ActorPool:
     """Actors of one class, on the cluster that this process is connected to.
@@ -57,7 +61,7 @@ class ActorPool:
         self._failed_starts: Counter[int] = Counter()  # in a row
         self._given_up: set[int] = set()
         self._starting: dict[Any, int] = {}
-        self._asked: set[int] = set()  # of those: who was ready and need only say so
+        self._asked: dict[int, float] = {}  # of those: who was ready, and when it was asked to say so
         self._free: list[int] = []
         self.handles = [self._new(number) for number in range(placement.workers)]
         """The actors by number, also those that are not ready yet."""
@@ -110,10 +114,13 @@ class ActorPool:
         import ray
 
         while self._starting:
-            ready, _ = ray.wait(list(self._starting), timeout=5 if self._asked else 0)
-            if not ready:
+            until = max(self._asked.values(), default=-ANSWER_S) + ANSWER_S
+            left = max(0.0, until - time.perf_counter())
+            ready, _ = ray.wait(list(self._starting), timeout=left)
+            found = ready or self._overdue({})
+            if not found:
                 break
-            self._join(ready[0])
+            self._join(found[0])
         return [self.handles[number] for number in sorted(self._free)]
 
     @property
@@ -160,9 +167,7 @@ class ActorPool:
                 name = f"{self._placement.section} worker {number}"
                 try:
                     if not done:
-                        raise ray.exceptions.GetTimeoutError(
-                            f"no answer for {self._placement.timeout_s:g} s"
-                        )
+                        raise self._no_answer()
                     results[index] = number, ray.get(call)
                 except ray.exceptions.RayTaskError as error:
                     # What one refuses, another would refuse as well.
@@ -193,9 +198,10 @@ class ActorPool:
         import ray
 
         limit, now = self._placement.timeout_s, time.perf_counter()
-        oldest = min((began for *_, began in running.values()), default=now)
+        asked = [*(began for *_, began in running.values()), *self._asked.values()]
+        oldest = min(asked, default=now)
         done, _ = ray.wait([*running, *self._starting], timeout=max(0.0, oldest + limit - now))
-        if not done and not running:
+        if not done and not asked:
             raise RunError(
                 f"there is no {self._placement.section} worker, and none started within {limit:g} "
                 "s.\n    Fix: give the cluster room for them; then `atelier resume` goes on."
@@ -205,7 +211,9 @@ class ActorPool:
 
     def _overdue(self, running: dict[Any, tuple[int, int, float]]) -> list[Any]:
         end = time.perf_counter() - self._placement.timeout_s
-        return [call for call, (*_, began) in running.items() if began <= end]
+        late = {number for number, asked in self._asked.items() if asked <= end}
+        idle = [call for call, number in self._starting.items() if number in late]
+        return idle + [call for call, (*_, began) in running.items() if began <= end]
 
     # --- losses -----------------------------------------------------------------------------------
 
@@ -223,22 +231,24 @@ class ActorPool:
         import ray
 
         number = self._starting.pop(ready)
-        self._asked.discard(number)
+        during = "start" if self._asked.pop(number, None) is None else "idle"
         try:
+            if not ray.wait([ready], timeout=0)[0]:
+                raise self._no_answer()
             ray.get(ready)
         except ray.exceptions.RayError as error:
             if first and getattr(error, "actor_init_failed", False):
                 section = self._placement.section
                 raise RunError(f"{section} worker {number} cannot start: {_told(error)}") from None
-            self._failed_starts[number] += 1
-            self._lose(number, "start", error)
+            self._failed_starts[number] += during == "start"
+            self._lose(number, during, error)
         else:
             del self._failed_starts[number]
             heapq.heappush(self._free, number)
 
     def _ask_idle(self) -> None:
         """Let idle actors say that they are there, before they are given what others lost."""
-        self._asked.update(self._free)
+        self._asked.update(dict.fromkeys(self._free, time.perf_counter()))
         for number in self._free:
             self._starting[self.handles[number].__ray_ready__.remote()] = number
         self._free.clear()
@@ -268,6 +278,11 @@ class ActorPool:
         self.replaced += 1
         self.handles[number] = self._new(number)
         self._on_loss()
+
+    def _no_answer(self) -> Exception:
+        from ray.exceptions import GetTimeoutError
+
+        return GetTimeoutError(f"no answer for {self._placement.timeout_s:g} s")
 
     def _too_many(self, number: int, during: str, error: Exception) -> RunError:
         return RunError(

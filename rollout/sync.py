@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from common.errors import RunError
 from policy.sampling import evaluation_mode
 from rollout.engine import Engine, WeightMismatch, fingerprint_tensors
 from rollout.weights import merged_tensors, split_tensors
@@ -31,7 +32,10 @@ class TrainerSide(Protocol):
         """Those that the engine does not have already."""
 
     def completion_logprobs(self, prompt_ids: list[list[int]], completion_ids: Tensor) -> Tensor:
-        """float32 [P, N]: teacher-forced log-probs of int64 [P, N] over the image rows, T = 1."""
+        """float32 [P, N]: teacher-forced log-probs of int64 [P, N] over the image rows, T = 1.
+
+        Of a token outside of these rows -inf.
+        """
 
 
 class ModelSide:
@@ -76,7 +80,10 @@ class ModelSide:
         starts = [len(prompt) - 1 for prompt in prompt_ids]
         drawn = torch.stack([logits[i, at : at + length] for i, at in enumerate(starts)])
         codes = completion_ids.to(device)[..., None] - self._image_rows.start
-        return drawn.float().log_softmax(-1).gather(-1, codes)[..., 0].cpu()
+        size = drawn.shape[-1]
+        logprobs = drawn.float().log_softmax(-1).gather(-1, codes.clamp(0, size - 1))
+        logprobs = logprobs.masked_fill((codes < 0) | (codes >= size), float("-inf"))
+        return logprobs[..., 0].cpu()
 
 
 def push_weights(engine: Engine, trainer_side: TrainerSide) -> None:
@@ -84,10 +91,11 @@ def push_weights(engine: Engine, trainer_side: TrainerSide) -> None:
 
     The fingerprint of what the engine holds equals the trainer's bit for bit, so that a change too
     small to move a log-prob is seen as well. Cheap enough for every step.
+    Raises `RunError` for weights that are no numbers any more: nothing is sampled from them.
     """
     engine.load_weights(trainer_side.pushed_tensors(), trainer_side.step)
     expected = fingerprint_tensors(
-        (name, tensor.to(engine.dtype)) for name, tensor in trainer_side.named_tensors()
+        (name, tensor.to(engine.dtype)) for name, tensor in _finite(trainer_side)
     )
     found = engine.fingerprint()
     if found != expected:
@@ -96,6 +104,17 @@ def push_weights(engine: Engine, trainer_side: TrainerSide) -> None:
             f"trainer (fingerprints {found[:12]} and {expected[:12]}); stop: its samples would not "
             "come from this policy"
         )
+
+
+def _finite(side: TrainerSide) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in side.named_tensors():
+        if not tensor.isfinite().all():
+            raise RunError(
+                f"`{name}` has values that are not finite at step {side.step}: the update before "
+                "it went wrong.\n    Fix: start again with train.learning_rate or train.grad_clip "
+                "lower."
+            )
+        yield name, tensor
 
 
 def verify_sync(
@@ -113,6 +132,11 @@ def verify_sync(
     expected: dict[bytes, Tensor] = {}  # by tokens: workers mostly draw the same
     for name, probes in engine.probe(prompts, length).items():
         drawn = probes.completion_ids
+        if drawn.shape != (len(prompts), length):
+            raise WeightMismatch(
+                f"after the sync of step {trainer_side.step} {name} drew {list(drawn.shape)} probe "
+                f"tokens instead of {[len(prompts), length]}; stop: it does not do as it is told"
+            )
         if (key := drawn.numpy().tobytes()) not in expected:
             # Whole pictures one by one: logits are of the whole vocabulary.
             size = len(prompts) if length <= PROBE_TOKENS else 1

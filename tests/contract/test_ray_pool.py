@@ -12,7 +12,7 @@ import torch
 from tiny_policy import CODES, new_policy
 
 from common.errors import RunError
-from rollout import Sampling, WeightMismatch, fingerprint_tensors
+from rollout import Sampling, WeightMismatch, actors, fingerprint_tensors
 from rollout.build import EngineSpec
 from rollout.cluster import Placement, check_room, ray_cluster
 from rollout.ray_pool import RayPool
@@ -346,6 +346,30 @@ def test_a_lost_worker_is_replaced_and_nothing_changes(pool, trainer, spec, loss
     assert (event["worker"], event["during"]) == (1, "generate")
     assert event["reason"]
     assert pool.fingerprint() == fingerprint_tensors(merged_tensors(trainer.model))
+
+
+def test_an_idle_worker_that_does_not_answer_is_replaced(pool, trainer, spec, monkeypatch):
+    """As after a loss, when the others are asked whether they are there."""
+    pool.actors.await_ready()
+    push_weights(pool, trainer)
+    expected = own_engine(trainer, spec).generate(PROMPTS, N, Sampling(), SEEDS)
+    events, began = len(pool.actors._events), time.monotonic()
+    os.kill(in_worker(pool, 1, process_of), signal.SIGSTOP)
+    with monkeypatch.context() as limits:
+        limits.setattr(actors, "ANSWER_S", 0.5)
+        limits.setattr(pool.actors, "_placement", Placement("rollout", 2, timeout_s=10))
+        pool.actors._ask_idle()
+        found = pool.generate(PROMPTS, N, Sampling(), SEEDS)
+        pool.fingerprint()
+        assert len(pool.actors._events) == events  # it is not waited for, and has time left
+        time.sleep(max(0.0, began + 12 - time.monotonic()))
+        pool.actors.present()
+    assert torch.equal(found.completion_ids, expected.completion_ids)
+    [event] = pool.actors._events[events:]
+    assert (event["worker"], event["during"]) == (1, "idle")
+    assert event["reason"] == "no answer for 10 s"
+    pool.actors.await_ready()
+    push_weights(pool, trainer)
 
 
 def die_when_loading(worker) -> None:

@@ -52,6 +52,14 @@ def test_steps_double_up_to_full_decoding_and_then_comes_its_guidance():
     assert not any(decode.shared_noise for decode in steps)
 
 
+@pytest.mark.parametrize(
+    ("used", "full", "better"), [(24, 16, 24), (16, 24, 24), (None, 24, None), (24, None, None)]
+)
+def test_no_check_makes_tiles_smaller(used, full, better):
+    reached = Decode(6, 1.0, tile=used)
+    assert raised(reached, replace(FULL, tile=full)).tile == better
+
+
 def test_a_run_goes_on_with_the_decoding_it_had_reached():
     start = Decode(1, 1.0)
     assert decode_of_journal([{"step": 1, "reward": 0.2}], start) == start

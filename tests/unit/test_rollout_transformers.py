@@ -1,6 +1,7 @@
 """What is special to the engine that samples from the trainer's own module."""
 
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -177,6 +178,53 @@ def test_what_only_late_tokens_show_is_seen_by_whole_probes():
     verify_sync(engine, side)
     with pytest.raises(WeightMismatch, match="log-probs of probe"):
         verify_sync(engine, side, length=LENGTH)
+
+
+class Broken:
+    """An engine whose probes went wrong."""
+
+    def __init__(self, change) -> None:
+        self._engine, self._change = engine_of(tiny()), change
+
+    def __getattr__(self, name):
+        return getattr(self._engine, name)
+
+    def probe(self, prompt_ids, length):
+        [batch] = self._engine.probe(prompt_ids, length).values()
+        return {"the engine": replace(batch, **self._change(batch))}
+
+
+@pytest.mark.parametrize("token", [START - 1, START + IMAGES, 0, 69])
+def test_a_probe_token_that_is_no_image_token_stops_the_run(token):
+    def change(batch):
+        drawn = batch.completion_ids.clone()
+        drawn[1, 2] = token
+        return {"completion_ids": drawn}
+
+    with pytest.raises(WeightMismatch, match="probe 1 differ from the trainer's by inf"):
+        verify_sync(Broken(change), ModelSide(tiny(), 1, PROMPTS, START, IMAGES))
+
+
+@pytest.mark.parametrize("rows", [slice(1), slice(0)])
+def test_missing_probes_stop_the_run(rows):
+    def change(batch):
+        return {
+            "completion_ids": batch.completion_ids[rows],
+            "behaviour_logprobs": batch.behaviour_logprobs[rows],
+        }
+
+    with pytest.raises(WeightMismatch, match="probe tokens instead of"):
+        verify_sync(Broken(change), ModelSide(tiny(), 1, PROMPTS, START, IMAGES))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nothing_is_sampled_from_weights_that_are_not_finite(value):
+    model = tiny()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 4] = value
+    told = "`model.layers.1.mlp.up_proj.weight` has values that are not finite at step 5"
+    with pytest.raises(RunError, match=told):
+        verify_sync(engine_of(tiny()), ModelSide(model, 5, PROMPTS, START, IMAGES))
 
 
 def test_windowed_attention_is_refused():
