@@ -77,26 +77,29 @@ def _memory(recipe: "GrpoRecipe", anatomy: "Anatomy") -> dict[str, Any]:
     """Return the memory of every way to spread the run, and whether this device holds it."""
     from cli.plan_parts import device_of, memory_row, option, verdict_on
     from rl.memory import Sharding, grpo_memory
-    from rl.sizing import SHARDINGS, change_that_fits, spread_over, with_training
+    from rl.sizing import SHARDINGS, change_that_fits, memory_on, spread_over, with_training
 
     def spread(run: "GrpoRecipe", sharding: Sharding) -> "Memory":
         return grpo_memory(spread_over(run, sharding.gpus), anatomy, sharding)
 
     device = device_of(recipe.policy.device)
-    shardings = SHARDINGS if device.is_gpu else SHARDINGS[:1]
-    options = []
+    alone, options = memory_on(recipe, anatomy, device.is_gpu), []
+    several = SHARDINGS[1:] if device.is_gpu else ()
     for training in ("lora", "full") if device.is_gpu else ():
         trained = with_training(recipe, lora=training == "lora")
         for sharding in SHARDINGS:
             row = option(spread(trained, sharding), sharding)
             options.append({"training": training} | row)
     return {
-        "memory": [memory_row(spread(recipe, sharding), sharding) for sharding in shardings],
+        "memory": [
+            memory_row(alone, SHARDINGS[0]),
+            *(memory_row(spread(recipe, sharding), sharding) for sharding in several),
+        ],
         "options": options,
         "verdict": verdict_on(
             device,
-            grpo_memory(recipe, anatomy),
-            lambda room: change_that_fits(recipe, anatomy, room),
+            alone,
+            lambda room: change_that_fits(recipe, anatomy, room, device.is_gpu),
         ),
     }
 
@@ -166,7 +169,7 @@ def _show_workers(workers: dict[str, Any]) -> None:
     from cli import console
 
     if workers:
-        console.say("memory of each worker, beside the trainer's", style="bold")
+        console.say("memory of each worker", style="bold")
     rows = []
     for section, memory in workers.items():
         phases = {f"+ {name}": count for name, count in memory["phases"].items()}

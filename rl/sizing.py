@@ -1,9 +1,11 @@
 """Whether a run fits, and the one change that makes it fit."""
 
+from dataclasses import replace
+
 from policy.anatomy import Anatomy
 from recipes.schema_common import LoraSection
 from recipes.schema_grpo import GrpoRecipe
-from rl.memory import Memory, Sharding, grpo_memory
+from rl.memory import Memory, Sharding, grpo_memory, worker_memory
 
 GPUS = {"H100": 81_559 * 2**20, "H200": 143_771 * 2**20}
 """Bytes of the 80 GB and the 141 GB model, as their driver reports them."""
@@ -39,8 +41,24 @@ def with_training(recipe: GrpoRecipe, *, lora: bool) -> GrpoRecipe:
     return _changed(recipe, "policy", "lora", adapters)
 
 
+def memory_on(recipe: GrpoRecipe, anatomy: Anatomy, gpu: bool) -> Memory:
+    """Return what a device holds of a run: the trainer, and on a machine without GPU the workers.
+
+    Those of a cluster that the run joins are elsewhere.
+    """
+    memory = grpo_memory(recipe, anatomy)
+    if gpu or recipe.rollout.ray.address:
+        return memory
+    counts = {"rollout": recipe.rollout.workers, "decode": recipe.decode.workers}
+    workers = {
+        f"{section} workers": counts[section] * (one.peak + LIBRARIES)
+        for section, one in worker_memory(recipe, anatomy).items()
+    }
+    return replace(memory, resident=memory.resident | workers)
+
+
 def change_that_fits(
-    recipe: GrpoRecipe, anatomy: Anatomy, capacity: int
+    recipe: GrpoRecipe, anatomy: Anatomy, capacity: int, gpu: bool = True
 ) -> tuple[str, Memory] | None:
     """Return the first change of one value with which one device is enough, and what it needs.
 
@@ -64,7 +82,7 @@ def change_that_fits(
     if recipe.policy.lora is None:
         changes.append(("policy.lora={}", with_training(recipe, lora=True)))
     for text, changed in changes:
-        memory = grpo_memory(changed, anatomy)
+        memory = memory_on(changed, anatomy, gpu)
         if fits(memory, capacity):
             return text, memory
     return None

@@ -192,6 +192,20 @@ def test_piped_output_is_plain_text(sizes, capsys):
     assert "32 GPUs need rollout.prompts_per_step=32" in text
 
 
+def test_workers_of_this_machine_take_its_memory(capsys):
+    alone = planned(capsys, "geneval-scenes", "policy.path=base")
+    asked = ("geneval-scenes", "policy.path=base", "rollout.workers=2", "decode.workers=3")
+    facts = planned(capsys, *asked)
+    of = {section: one["peak"] + 10**9 for section, one in facts["workers"].items()}
+    kept = facts["memory"][0]["resident"]
+    assert kept["rollout workers"] == 2 * of["rollout"]
+    assert kept["decode workers"] == 3 * of["decode"]
+    more = facts["verdict"]["needs"] - alone["verdict"]["needs"]
+    assert more == 2 * of["rollout"] + 3 * of["decode"]  # the update decides in both
+    joined = planned(capsys, *asked, "rollout.ray.address=auto")
+    assert joined["verdict"]["needs"] == alone["verdict"]["needs"]
+
+
 def test_workers_are_counted_where_they_are(sizes, capsys):
     asked = [PUBLISHED, "decode.workers=2", "rollout.workers=2", "rollout.engine=vllm"]
     asked += ["rollout.ray.gpus_per_worker=1", "rollout.ray.address=auto"]
