@@ -7,6 +7,7 @@ import typer
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from common.errors import AtelierError
     from recipes import LoadedRecipe
     from recipes.schema_grpo import GrpoRecipe
     from recipes.schema_pretrain import PretrainRecipe
@@ -33,17 +34,8 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         """Validate a recipe, show every value with the place it comes from, try its rewards."""
         from cli import reward_trials
-        from common.errors import RecipeError, UsageError
-        from common.processes import process_count
+        from common.errors import AtelierError, UsageError
         from recipes import load_recipe
-        from recipes.locate import located
-        from rl.preflight import (
-            check_installed,
-            check_replay,
-            check_replayed_rewards,
-            check_save_to,
-            check_whole_batch,
-        )
 
         if ".py:" in recipe:
             reward_trials.show(reward_trials.of_file(recipe, overrides or []), alone=True)
@@ -51,33 +43,47 @@ def register(app: typer.Typer) -> None:
         if recipe.endswith(".py"):
             raise UsageError(f"{recipe} is no recipe.\n    Fix: try a reward: {recipe}:FUNCTION")
         try:
-            loaded = load_recipe(recipe, overrides or [])
-        except RecipeError as error:
+            _check(load_recipe(recipe, overrides or []), as_json, rewards)
+        except AtelierError as error:
             if as_json:
-                _print_problems(error)
+                _print_problems(recipe, error)
                 raise typer.Exit(error.exit_code) from None
             raise
-        if not as_json:
-            _print_tree(loaded)
-        if loaded.recipe.kind in ("grpo", "pretrain"):
-            check_installed(loaded.recipe)
-        if loaded.recipe.kind == "grpo":
-            found = located(loaded.recipe, loaded.files)
-            check_save_to(found)
-            check_replay(found, process_count())
-            refuse_missing_parts(found)
-        elif loaded.recipe.kind == "pretrain":
-            refuse_missing_data(located(loaded.recipe, loaded.files))
-        trials = reward_trials.of_recipe(loaded) if rewards else []
-        if loaded.recipe.kind == "grpo":
-            whole = [trial.name for trial in trials if trial.whole_batch]
-            check_whole_batch(found, whole, process_count())
-            if rewards:
-                check_replayed_rewards(found, [trial.name for trial in trials])
-        if as_json:
-            _print_json(loaded, trials)
-        else:
-            reward_trials.show(trials)
+
+
+def _check(loaded: "LoadedRecipe", as_json: bool, rewards: bool) -> None:
+    from cli import reward_trials
+    from common.processes import process_count
+    from recipes.locate import located
+    from rl.preflight import (
+        check_installed,
+        check_replay,
+        check_replayed_rewards,
+        check_save_to,
+        check_whole_batch,
+    )
+
+    if not as_json:
+        _print_tree(loaded)
+    if loaded.recipe.kind in ("grpo", "pretrain"):
+        check_installed(loaded.recipe)
+    if loaded.recipe.kind == "grpo":
+        found = located(loaded.recipe, loaded.files)
+        check_save_to(found)
+        check_replay(found, process_count())
+        refuse_missing_parts(found)
+    elif loaded.recipe.kind == "pretrain":
+        refuse_missing_data(located(loaded.recipe, loaded.files))
+    trials = reward_trials.of_recipe(loaded) if rewards else []
+    if loaded.recipe.kind == "grpo":
+        whole = [trial.name for trial in trials if trial.whole_batch]
+        check_whole_batch(found, whole, process_count())
+        if rewards:
+            check_replayed_rewards(found, [trial.name for trial in trials])
+    if as_json:
+        _print_json(loaded, trials)
+    else:
+        reward_trials.show(trials)
 
 
 def refuse_missing_parts(recipe: "GrpoRecipe") -> None:
@@ -128,11 +134,15 @@ def _template_tokens(folder: "Path") -> int:
     return len(empty)
 
 
-def _print_problems(error: Any) -> None:
+def _print_problems(recipe: str, error: "AtelierError") -> None:
     import json
     from dataclasses import asdict
 
-    problems = [asdict(problem) for problem in error.problems]
+    from common.errors import Problem
+
+    message, _, fix = str(error).partition("\n    Fix: ")
+    found = getattr(error, "problems", ()) or [Problem(recipe, "", message, fix)]
+    problems = [asdict(problem) for problem in found]
     typer.echo(json.dumps({"valid": False, "problems": problems}, indent=2, ensure_ascii=False))
 
 

@@ -85,12 +85,13 @@ def check_saved(folder: Path, recipe: GrpoRecipe, processes: int) -> None:
             f"    Fix: {fix}."
         )
     first = _read(folder)
-    for key, value in first["sampling"].items():
-        if (ours := getattr(recipe.rollout, key)) != value:
-            raise RunError(
-                f"rollout.{key} is {ours:g}, and the rollouts of {folder} were sampled with "
-                f"{value:g}.\n    Fix: rollout.{key}={value:g}"
-            )
+    with _refused(samples_file(folder, 0, 0)):
+        for key, value in first["sampling"].items():
+            if (ours := getattr(recipe.rollout, key)) != value:
+                raise RunError(
+                    f"rollout.{key} is {ours:g}, and the rollouts of {folder} were sampled with "
+                    f"{value:g}.\n    Fix: rollout.{key}={value:g}"
+                )
     if (saved := first["processes"]) != processes:
         raise RunError(
             f"the rollouts of {folder} were saved by {saved} training processes, and this run has "

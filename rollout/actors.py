@@ -61,7 +61,9 @@ class ActorPool:
         self._failed_starts: Counter[int] = Counter()  # in a row
         self._given_up: set[int] = set()
         self._starting: dict[Any, int] = {}
-        self._asked: dict[int, float] = {}  # of those: who was ready, and when it was asked to say so
+        self._asked: dict[
+            int, float
+        ] = {}  # of those: who was ready, and when it was asked to say so
         self._free: list[int] = []
         self.handles = [self._new(number) for number in range(placement.workers)]
         """The actors by number, also those that are not ready yet."""

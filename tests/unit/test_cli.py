@@ -281,6 +281,13 @@ def test_check_of_a_wrong_recipe_ends_with_2(tmp_path, capsys):
     assert (problem["where"], problem["key"]) == ("bad.yaml:3", "train.stepz")
 
 
+def test_what_only_a_run_would_refuse_is_json_too(tmp_path, capsys):
+    assert main(["check", "geneval-scenes", "decode.train.tile=7", "--json"]) == 2
+    (problem,) = json.loads(capsys.readouterr().out)["problems"]
+    assert problem["message"].startswith("decode.train.tile")
+    assert "decode.train.tile" in problem["fix"]
+
+
 def test_schema_is_json_and_can_be_written(tmp_path, capsys):
     assert main(["schema"]) == 0
     printed = json.loads(capsys.readouterr().out)

@@ -91,6 +91,15 @@ def test_a_file_of_something_else_is_told_before_the_run(tmp_path, policy_folder
         check_saved(tmp_path / "saved", recipe, 1)
 
 
+@pytest.mark.parametrize("sampling", [None, {"temperature": "hot"}, {"temprature": 1.0}])
+def test_edited_facts_about_sampling_are_told_before_the_run(tmp_path, policy_folder, sampling):
+    recipe, folder = saved_run(tmp_path, policy_folder)
+    file = folder / "step-000000-0" / "samples.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"sampling": sampling}))
+    with pytest.raises(RunError, match=r"0000-0/samples.json cannot be used: (?s:.*)Fix: copy"):
+        check_saved(folder, recipe, 1)
+
+
 def test_steps_that_changed_places_are_told_before_the_run(tmp_path, policy_folder):
     recipe, folder = saved_run(tmp_path, policy_folder)
     one, other = folder / "step-000000-0", folder / "step-000001-0"
