@@ -12,19 +12,24 @@ def recipe_diff(before: str | None, after: str | None) -> list[tuple[str, str, s
 
     None where one of the recipes (YAML texts) is not known or cannot be read.
     """
-    if before is None or after is None:
-        return None
-    try:
-        first, second = (
-            dict(_flat(parse_yaml(r.encode(), "recipe").value)) for r in (before, after)
-        )
-    except RecipeError:
+    first, second = settings_of(before), settings_of(after)
+    if first is None or second is None:
         return None
     return [
         (key, first.get(key, "-"), second.get(key, "-"))
         for key in dict.fromkeys([*first, *second])
         if first.get(key) != second.get(key)
     ]
+
+
+def settings_of(recipe: str | None) -> dict[str, str] | None:
+    """Return a recipe's settings by dotted key, or None as above."""
+    if recipe is None:
+        return None
+    try:
+        return dict(_flat(parse_yaml(recipe.encode(), "recipe").value))
+    except RecipeError:
+        return None
 
 
 def _flat(value: Any, key: str = "") -> Iterator[tuple[str, str]]:

@@ -11,6 +11,7 @@ import numpy as np
 from common.errors import RunError
 from common.journal import read_journal
 from evals.alarms import headline, parted
+from evals.recipe_diff import settings_of
 from evals.stage_chart import StageChart, stage_chart, step_seconds
 
 SMALL_CHARTS = {
@@ -82,7 +83,10 @@ def load_training(run_dir: Path) -> Training:
             f"{run_dir / 'metrics.jsonl'} has no training step yet.\n"
             "    Fix: train first, or leave --run out."
         )
-    recipe = run_dir / "recipe.yaml"
+    file = run_dir / "recipe.yaml"
+    recipe = file.read_text(encoding="utf-8") if file.is_file() else None
+    replay = (settings_of(recipe) or {}).get("rollout.replay", "null")
+    whose = "training" if replay == "null" else "replayed rollouts'"
     reward = _points(steps, "reward")
     metric = headline(held_out[-1]) if held_out else None
     evaluated = _points(held_out, metric) if metric else []
@@ -99,13 +103,15 @@ def load_training(run_dir: Path) -> Training:
         name=run_dir.resolve().name,
         steps=len(steps),
         reward=line_chart("Reward in training and score on held-out prompts", lines),
-        sentence=_sentence([y for _, y in reward], [y for _, y in evaluated], steps, held_out),
+        sentence=_sentence(
+            whose, [y for _, y in reward], [y for _, y in evaluated], steps, held_out
+        ),
         small=small,
         stages=_stages(steps),
         step=stage_chart(steps),
         seconds=sum(step_seconds(row) for row in steps if row.get("seconds")),
         device_hours=_device_hours(rows),
-        recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else None,
+        recipe=recipe,
     )
 
 
@@ -172,6 +178,7 @@ def _running_mean(points: Sequence[Point], window: int) -> list[Point]:
 
 
 def _sentence(
+    whose: str,
     reward: Sequence[float],
     held_out: Sequence[float],
     steps: Sequence[Mapping[str, Any]],
@@ -180,7 +187,7 @@ def _sentence(
     """Say in words what the two curves do, and warn where they part by more than chance."""
     tenth = max(1, len(reward) // 10)
     first, last = float(np.mean(reward[:tenth])), float(np.mean(reward[-tenth:]))
-    text = f"The training reward went from {first:.3f} to {last:.3f} (first and last tenth)"
+    text = f"The {whose} reward went from {first:.3f} to {last:.3f} (first and last tenth)"
     if len(held_out) < 2:
         return f"{text}; the run made fewer than two held-out evaluations."
     text += f", the held-out score from {held_out[0]:.3f} to {held_out[-1]:.3f}."

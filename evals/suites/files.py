@@ -78,7 +78,7 @@ def read_prompts(file: Path) -> tuple[Record, ...]:
     if file.suffix == ".jsonl":
         found = [(r["prompt_id"], r["prompt"], {}) for r in training_records(str(file), "all")]
     elif file.suffix == ".json":
-        found = list(map(_from_json, _list(file)))
+        found = [_from_json(file, number, row) for number, row in enumerate(_list(file), start=1)]
     elif file.suffix in (".csv", ".tsv"):
         found = [(None, _cell(file, row), {}) for row in read_table(file, ())]
     else:
@@ -109,14 +109,18 @@ def _is_object(line: str) -> bool:
         return False
 
 
-def _from_json(row: Any) -> tuple[str | None, str, dict[str, Any]]:
-    """Return id, prompt and further columns of an entry; no prompt of one that has none."""
-    if not isinstance(row, dict):
-        return None, row if isinstance(row, str) else "", {}
-    name, text = row.get("id", row.get("prompt_id")), row.get("prompt", row.get("text"))
+def _from_json(file: Path, number: int, row: Any) -> tuple[str | None, str, dict[str, Any]]:
+    """Return id, prompt and further columns of an entry."""
+    entry = {"prompt": row} if isinstance(row, str) else row
+    text = entry.get("prompt", entry.get("text")) if isinstance(entry, dict) else None
+    if not isinstance(text, str) or not text.strip():
+        raise DataError(
+            f"{file}: entry {number} has no prompt.\n    Fix: add it, or drop the entry."
+        )
     known = ("id", "prompt_id", "prompt", "text")
-    more = {key: value for key, value in row.items() if key not in known}
-    return None if name is None else str(name), text if isinstance(text, str) else "", more
+    more = {key: value for key, value in entry.items() if key not in known}
+    name = entry.get("id", entry.get("prompt_id"))
+    return None if name is None else str(name), text, more
 
 
 def _metadata(more: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -84,6 +84,8 @@ def test_a_prompt_that_stands_twice_in_a_list_is_one_fact(tmp_path: Path) -> Non
         ("a.txt", "\n \n", "no prompts"),
         ("a.json", '{"a": 1}', "not a list of prompts"),
         ("a.json", "[", "not JSON"),
+        ("a.json", '["a dog", {"id": "x"}]', "entry 2 has no prompt"),
+        ("a.json", '["a dog", 3]', "entry 2 has no prompt"),
         ("a.csv", "id,caption\n1,a dog\n", "none of its columns"),
         (
             "a.txt",

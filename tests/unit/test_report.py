@@ -220,6 +220,25 @@ def test_a_difference_and_what_could_be_found_have_one_unit(tmp_path: Path) -> N
     assert told in page.with_suffix(".md").read_text()
 
 
+def test_a_difference_without_an_interval_says_so_once(tmp_path: Path) -> None:
+    for name, error in (("a", 0.0), ("b", 0.5)):
+        policy = StandInPolicy(toy_suite(2).records, error)
+        evaluate(policy, toy_suite(2), tmp_path / name, seeds=1, weights=name)
+    page = build_report([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
+    for file in (page, page.with_suffix(".md")):
+        shown = " ".join(re.sub("<[^>]*>", "", file.read_text()).split())
+        assert "interval no interval" not in shown
+        assert "points, no interval." in shown
+
+
+def test_a_replay_s_reward_is_called_that_of_the_replayed_rollouts(tmp_path: Path) -> None:
+    run = training_run(tmp_path / "run")
+    assert load_training(run).sentence.startswith("The training reward went from")
+    for replay, whose in (("null", "training"), ("saved", "replayed rollouts'")):
+        (run / "recipe.yaml").write_text(f"rollout:\n  replay: {replay}\n")
+        assert load_training(run).sentence.startswith(f"The {whose} reward went from")
+
+
 def test_every_result_says_whether_it_is_comparable_and_what_is_published(tmp_path: Path) -> None:
     suite = replace(toy_suite(4), not_comparable=None, published=lambda rows: {"As a paper": 12.25})
     for name, limit, judged in (
