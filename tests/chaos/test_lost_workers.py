@@ -20,7 +20,7 @@ from policy import Policy
 
 WORKERS = (
     "rollout.workers=2", "decode.workers=1", "rewards.workers=1", "rollout.waves=2",
-    "rollout.prompts_per_step=4", "train.steps=8",
+    "rollout.prompts_per_step=4", "train.steps=12",
 )  # fmt: skip
 PLACED = (
     "rollout.ray.resource=there", "decode.ray.resource=here", "rewards.ray.resource=here"
@@ -101,7 +101,7 @@ class Killer(threading.Thread):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)  # a dozen processes import torch, with the lowest priority
+@pytest.mark.timeout(900)  # a dozen processes import torch
 def test_the_loss_of_workers_and_of_a_machine_changes_no_number(
     recipe, undisturbed, machines, tmp_path
 ):

@@ -24,7 +24,7 @@ from policy import Policy
 ROOT = Path(__file__).resolve().parents[2]
 RAY = str(Path(sys.executable).with_name("ray"))
 PORT = 6379
-WORKERS = ("rollout.workers=2", "train.steps=6")
+WORKERS = ("rollout.workers=2", "train.steps=14")  # so many, to be cut off before the last
 # Ray asks for 65 s before it gives up a machine that does not answer.
 IMPATIENT = {
     "RAY_health_check_period_ms": "500",

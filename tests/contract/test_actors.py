@@ -43,6 +43,7 @@ class Worker:
             once.unlink(missing_ok=True)
             os.kill(os.getpid(), signal.SIGKILL)
         if piece == 99:
+            (self.folder / "asleep").touch()
             time.sleep(3600)
         if piece < 0:
             raise TwoArguments("below ", "zero")
@@ -122,10 +123,12 @@ def test_an_error_that_cannot_be_unpickled_is_told_and_loses_no_worker(pool):
     assert pool.run("work", [(4,)]) == [4]
 
 
-def test_a_pool_that_is_closed_gives_up_what_is_running(pool):
+def test_a_pool_that_is_closed_gives_up_what_is_running(pool, tmp_path):
     with ThreadPoolExecutor() as thread:
         running = thread.submit(pool.run, "work", [(99,)])
-        time.sleep(1)
+        while not (tmp_path / "asleep").exists():
+            assert not running.done()
+            time.sleep(0.01)
         pool.close()
         with pytest.raises(ray.exceptions.RayActorError):
             running.result(timeout=20)

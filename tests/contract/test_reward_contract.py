@@ -64,15 +64,13 @@ def judge():
 @pytest.fixture(scope="module")
 def served():
     """GenEval behind HTTP."""
-    with socket.socket() as probe, RewardRunner([RewardSpec("geneval")]) as runner:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-        probe.close()
-        config = uvicorn.Config(build_app(runner), port=port, log_level="error", lifespan="off")
+    with RewardRunner([RewardSpec("geneval")]) as runner:
+        config = uvicorn.Config(build_app(runner), log_level="error", lifespan="off")
         server = uvicorn.Server(config)
-        thread = threading.Thread(target=server.run, daemon=True)
+        listening = socket.create_server(("127.0.0.1", 0))
+        thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
         thread.start()
-        yield f"http://127.0.0.1:{port}"
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
         server.should_exit = True
         thread.join(10)
 

@@ -370,7 +370,10 @@ def test_what_the_loss_sees_of_an_edit(policy_folder):
     policy, _ = prepare_policy(recipe)
     collator = Collator(policy)
     encoder = BatchEncoder(policy, collator, context=512, with_latents=True)
-    target, reference = (torch.randint(256, (2, 48, 48, 3), dtype=torch.uint8) for _ in range(2))
+    drawn = torch.Generator().manual_seed(0)
+    target, reference = torch.randint(
+        256, (2, 2, 48, 48, 3), dtype=torch.uint8, generator=drawn
+    ).unbind()
     captions = ["make the circle red", "remove the square"]
     batch = encoder(
         {"pixels": target, "reference": reference, "captions": captions, "seeds": [1, 2]}

@@ -79,7 +79,7 @@ def test_help_is_quick_lists_every_verb_and_imports_nothing_heavy():
         subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
         for _ in range(3)
     ]
-    assert min(float(run.stderr) for run in runs) < 0.5
+    assert min(float(run.stderr) for run in runs) < 1.5  # 0.3 s on an idle core
     for verb in (
         "new",
         "ls",
