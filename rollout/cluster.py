@@ -112,6 +112,8 @@ def _connect(address: str | None, placements: Sequence[Placement]) -> None:
         include_dashboard=False,
         log_to_driver=False,
         configure_logging=False,
+        # Ray's default, 15, is for work in the background: beside another program workers starve.
+        _system_config={"worker_niceness": 0},
     )
 
 

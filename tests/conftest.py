@@ -1,6 +1,5 @@
 """Fixtures and rules for every test."""
 
-import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,10 +13,6 @@ from common.heavy import prepare_torchvision
 # An example is given 0.2 s by default, which a test that loses its core for a moment exceeds.
 settings.register_profile("any machine", deadline=None)
 settings.load_profile("any machine")
-
-# Ray gives its workers the lowest priority. Beside two busy processes they would take minutes to
-# import torch, longer than tests wait for them.
-os.environ.setdefault("RAY_worker_niceness", "0")
 
 # Tests may import transformers and its relatives before any of our packages.
 prepare_torchvision()

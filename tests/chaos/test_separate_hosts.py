@@ -29,6 +29,7 @@ WORKERS = ("rollout.workers=2", "train.steps=14")  # so many, to be cut off befo
 IMPATIENT = {
     "RAY_health_check_period_ms": "500",
     "RAY_health_check_timeout_ms": "2000",
+    "RAY_worker_niceness": "0",  # beside two busy processes workers would take minutes to start
 }
 
 

@@ -102,6 +102,11 @@ def test_every_worker_holds_what_was_pushed(pool, trainer):
     assert in_worker(pool, 0, process_of) != in_worker(pool, 1, process_of) != os.getpid()
 
 
+def test_workers_have_the_priority_of_the_run(pool):
+    pool.actors.await_ready()
+    assert in_worker(pool, 0, lambda worker: os.nice(0)) == os.nice(0)
+
+
 def count_fingerprints(worker) -> None:
     original, worker.fingerprints = worker.engine.fingerprint, 0
 
