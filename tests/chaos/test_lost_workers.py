@@ -53,7 +53,9 @@ def machines() -> Iterator[Cluster]:
     """Three machines: nodes with their own Ray daemon, processes and room, on this host."""
     quiet = {"include_dashboard": False}
     here = {"num_cpus": 2, "resources": {"here": 2}, **quiet}
-    cluster = Cluster(initialize_head=True, head_node_args=here)
+    # In the background, Ray's default, workers would take minutes to start beside busy processes.
+    head = here | {"_system_config": {"worker_niceness": 0}}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     for _ in range(2):
         cluster.add_node(num_cpus=1, resources={"there": 1}, **quiet)
     cluster.wait_for_nodes()
