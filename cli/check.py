@@ -140,8 +140,8 @@ def _print_problems(recipe: str, error: "AtelierError") -> None:
 
     from common.errors import Problem
 
-    message, _, fix = str(error).partition("\n    Fix: ")
-    found = getattr(error, "problems", ()) or [Problem(recipe, "", message, fix)]
+    message, _, fix = str(error).partition("Fix: ")
+    found = getattr(error, "problems", ()) or [Problem(recipe, "", message.strip(), fix)]
     problems = [asdict(problem) for problem in found]
     typer.echo(json.dumps({"valid": False, "problems": problems}, indent=2, ensure_ascii=False))
 

@@ -64,6 +64,7 @@ def _work(recipe: "GrpoRecipe", anatomy: "Anatomy") -> dict[str, Any]:
         "group_size": rollout.group_size,
         "image_tokens": pictures * anatomy.num_tokens,
         "engine": rollout.engine,
+        "on_workers": [name for name in ("rollout", "decode") if getattr(recipe, name).workers],
         "diffusion_passes": pictures * decode.steps * (1 if decode.guidance == 1 else 2),
         "rewards": {f.use: f.weight for f in recipe.rewards.functions},
         # Before the first step, every so many, and after the last.
@@ -187,7 +188,7 @@ def _show_options(facts: dict[str, Any]) -> None:
     console.say("  several GPUs need torchrun and train.deepspeed=zero1 or zero2")
     if facts["work"]["engine"] == "vllm":
         console.say("  several GPUs need rollout.engine=transformers, as counted here")
-    for section in facts["workers"]:
+    for section in facts["work"]["on_workers"]:
         console.say(f"  several GPUs need {section}.workers=0, as counted here")
     prompts = facts["work"]["prompts_per_step"]
     uneven = {row["gpus"] for row in facts["memory"] if prompts % row["gpus"]}

@@ -12,7 +12,7 @@ from typing import Any
 from common.errors import RewardError
 from rewards.contract import Score
 
-_LARGEST = 1e15
+LARGEST = 1e15
 """Trainers take standard deviations in float32, whose squares end at 1.8e19: beyond it the spread
 of a group, and with it every picture's advantage, would be no number."""
 
@@ -121,8 +121,8 @@ def _one_score(item: Any) -> Score:
         return Score(None, f"the reward returned {type(value).__name__}, not a number")
     if abs(value) == math.inf or value != value:
         return Score(None, f"the reward returned {value}", details)
-    if abs(value) > _LARGEST:
-        return Score(None, f"the reward returned a number over {_LARGEST:g}: too large", details)
+    if abs(value) > LARGEST:
+        return Score(None, f"the reward returned a number over {LARGEST:g}: too large", details)
     return Score(float(value), reason, details)
 
 

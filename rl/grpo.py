@@ -30,6 +30,7 @@ from rl.stages import Score
 from rl.trl_release import GRPOConfig, GRPOTrainer
 from rollout.ahead import AheadEngine, Request
 from rollout.timeline import Timeline, busy_seconds
+from rollout.weights import check_finite
 
 Sync = Callable[[int], None]
 
@@ -336,6 +337,7 @@ class _EngineSync:
         self._sync = sync
 
     def sync_weights(self) -> None:
+        check_finite(self._trainer.model, self._trainer.state.global_step)
         if self._trainer.replay is not None:
             return  # nobody samples; the held-out evaluation syncs by itself
         with self._trainer.timeline.busy("sync"):

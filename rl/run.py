@@ -53,6 +53,7 @@ from rollout.decode import Decode
 from rollout.engine import Engine
 from rollout.micro_batch import Events, memory_advice
 from rollout.sync import PROBE_TOKENS, ModelSide, verify_sync
+from rollout.weights import check_finite
 
 PROBES = (
     "x",
@@ -360,6 +361,7 @@ def _write_policy(
     trainer: ImageGRPOTrainer, policy: Policy, recipe: GrpoRecipe, run_dir: Path, start: str
 ) -> None:
     """Merge the adapter and write the policy folder in one rename."""
+    check_finite(trainer.model, trainer.state.global_step)
     if recipe.policy.lora is not None:
         trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
     del policy.ar.forward  # the trainer's extended forward pass

@@ -4,8 +4,6 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
-from math import isfinite
-from numbers import Real
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 from common.errors import RunError
 from data.prompts import records_of_run
 from recipes.schema_grpo import GrpoRecipe
+from rewards.outcomes import LARGEST
 
 
 def samples_file(folder: Path, step: int, process: int) -> Path:
@@ -103,7 +102,12 @@ def check_saved(folder: Path, recipe: GrpoRecipe, processes: int) -> None:
     ]
     share = len(prompts) // (steps * processes)
     for i in range(steps * processes):
-        read_samples(folder, *divmod(i, processes), prompts[i * share : (i + 1) * share])
+        place = divmod(i, processes)
+        facts = read_samples(folder, *place, prompts[i * share : (i + 1) * share])
+        with _refused(samples_file(folder, *place)):
+            for key in ("sampling", "processes"):
+                if facts[key] != first[key]:
+                    raise ValueError(f"its `{key}` is not that of the first step")
 
 
 def check_judges(folder: Path, rewards: Sequence[str], steps: int) -> None:
@@ -122,11 +126,22 @@ def check_judges(folder: Path, rewards: Sequence[str], steps: int) -> None:
                         "write a number or null for each of them."
                     )
                 for name, value in parts.items():
-                    if value is not None and not (isinstance(value, Real) and isfinite(value)):
+                    if value is not None and not _usable(value):
                         raise ValueError(
-                            f"the score {value!r} of `{name}` for sample {number} is "
-                            "neither a finite number nor null"
+                            f"the score {value!r:.40} of `{name}` for sample {number} is neither a "
+                            f"number of at most {LARGEST:g} nor null"
                         )
+                told = sample["score"]
+                reasons, details = told.get("reasons", {}), told.get("details", {})
+                if not all(isinstance(reason, str) for reason in reasons.values()):
+                    raise ValueError(f"sample {number} has a reason that is no text")
+                if not isinstance(details, dict):
+                    raise ValueError(f"the details of sample {number} are no mapping")
+
+
+def _usable(score: Any) -> bool:
+    """Whether a reward might have given this score."""
+    return isinstance(score, int | float) and not isinstance(score, bool) and abs(score) <= LARGEST
 
 
 def _read(folder: Path, step: int = 0, process: int = 0) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from common.errors import RunError
+from common.errors import AtelierError, RunError
 from rollout.cluster import Placement
 from rollout.micro_batch import Events
 from rollout.timeline import Interval
@@ -137,7 +137,7 @@ class ActorPool:
         handles, self.handles = self.handles, []  # first: a call in another thread stops by it
         for handle in handles:
             ray.kill(handle)
-        self._starting, self._free = {}, []
+        self._starting, self._asked, self._free = {}, {}, []
 
     # --- calls ------------------------------------------------------------------------------------
 
@@ -174,7 +174,10 @@ class ActorPool:
                 except ray.exceptions.RayTaskError as error:
                     # What one refuses, another would refuse as well.
                     refusal = error.cause
-                    refusal.args = (f"{name}: {refusal}",)
+                    if isinstance(refusal, AtelierError):
+                        refusal.args = (f"{name}: {refusal}",)
+                    else:  # a fault, shown with its traceback
+                        refusal.add_note(f"in {name}")
                     waiting.clear()
                 except ray.exceptions.UnserializableException as error:  # refused as well
                     refusal = RunError(f"{name} failed: {error}")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from common.errors import RunError
 from rollout.engine import WeightMismatch
 
 _TIED_HEAD = "lm_head.weight"
@@ -27,6 +28,16 @@ class Push:
     step: int
     packed: list[Any]
     fingerprint: str | None = None
+
+
+def check_finite(model: nn.Module, step: int) -> None:
+    """Raise RunError if a trained weight is no number any more after `step` updates."""
+    for name, weight in model.named_parameters():
+        if weight.requires_grad and not weight.isfinite().all():
+            raise RunError(
+                f"`{name}` has values that are not finite after {step} steps.\n    Fix: start "
+                "again with train.learning_rate or train.grad_clip lower."
+            )
 
 
 def merged_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -82,11 +82,11 @@ def read_prompts(file: Path) -> tuple[Record, ...]:
     elif file.suffix in (".csv", ".tsv"):
         found = [(None, _cell(file, row), {}) for row in read_table(file, ())]
     else:
-        found = [(None, line, {}) for line in _text(file).splitlines()]
-        if found and _is_object(found[0][1]):
-            raise DataError(
-                f"{file} holds JSON, not one prompt a line.\n    Fix: call it {file.stem}.jsonl."
-            )
+        text = _text(file).strip()
+        found = [(None, line, {}) for line in text.splitlines()]
+        if _is_json(text) or _is_json(text.partition("\n")[0]):
+            name = f"{file.stem}.{'json' if text.startswith('[') else 'jsonl'}"
+            raise DataError(f"{file} holds JSON, not one prompt a line.\n    Fix: call it {name}.")
     prompts = [(name, text.strip(), more) for name, text, more in found if text.strip()]
     if not prompts:
         raise _unreadable(file, "it has no prompts")
@@ -102,9 +102,10 @@ def read_prompts(file: Path) -> tuple[Record, ...]:
     )
 
 
-def _is_object(line: str) -> bool:
+def _is_json(text: str) -> bool:
+    """Whether a text is a JSON object or list."""
     try:
-        return isinstance(json.loads(line), dict)
+        return isinstance(json.loads(text), dict | list)
     except ValueError:
         return False
 

@@ -92,6 +92,9 @@ def test_a_prompt_that_stands_twice_in_a_list_is_one_fact(tmp_path: Path) -> Non
             '{"prompt": "a dog"}\n{"prompt": "two cats"}\n',
             "JSON(?s:.*)Fix: call it a.jsonl",
         ),
+        ("a.txt", '\n{"prompt": "a dog"}\n', "JSON(?s:.*)Fix: call it a.jsonl"),
+        ("a.txt", '["a dog", "two cats"]', "JSON(?s:.*)Fix: call it a.json"),
+        ("a.txt", '[\n  "a dog"\n]\n', "JSON(?s:.*)Fix: call it a.json"),
     ],
 )
 def test_an_unreadable_list_is_named(tmp_path: Path, name: str, text: str, words: str) -> None:

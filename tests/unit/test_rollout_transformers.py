@@ -11,7 +11,7 @@ from common.heavy import prepare_torchvision
 from rollout import Sampling, WeightMismatch, fingerprint_tensors
 from rollout.sync import PROBE_TOKENS, ModelSide, verify_sync
 from rollout.transformers_engine import TransformersEngine
-from rollout.weights import merged_tensors
+from rollout.weights import check_finite, merged_tensors
 
 prepare_torchvision()
 
@@ -194,7 +194,7 @@ class Broken:
         return {"the engine": replace(batch, **self._change(batch))}
 
 
-@pytest.mark.parametrize("token", [START - 1, START + IMAGES, 0, 69])
+@pytest.mark.parametrize("token", [START - 1, START + IMAGES, 0, 70, -1])
 def test_a_probe_token_that_is_no_image_token_stops_the_run(token):
     def change(batch):
         drawn = batch.completion_ids.clone()
@@ -206,25 +206,26 @@ def test_a_probe_token_that_is_no_image_token_stops_the_run(token):
 
 
 @pytest.mark.parametrize("rows", [slice(1), slice(0)])
-def test_missing_probes_stop_the_run(rows):
+@pytest.mark.parametrize(
+    "fields", [("behaviour_logprobs",), ("completion_ids", "behaviour_logprobs")]
+)
+def test_missing_probes_stop_the_run(rows, fields):
     def change(batch):
-        return {
-            "completion_ids": batch.completion_ids[rows],
-            "behaviour_logprobs": batch.behaviour_logprobs[rows],
-        }
+        return {field: getattr(batch, field)[rows] for field in fields}
 
-    with pytest.raises(WeightMismatch, match="probe tokens instead of"):
+    with pytest.raises(WeightMismatch, match=r"of shapes .* instead of \[3, 4\]"):
         verify_sync(Broken(change), ModelSide(tiny(), 1, PROMPTS, START, IMAGES))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_nothing_is_sampled_from_weights_that_are_not_finite(value):
-    model = tiny()
+def test_trained_weights_that_are_not_finite_are_named(value):
+    model = with_lora(tiny())
+    check_finite(model, 5)
+    name, weight = next((n, w) for n, w in model.named_parameters() if "down_proj.lora_B" in n)
     with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight[3, 4] = value
-    told = "`model.layers.1.mlp.up_proj.weight` has values that are not finite at step 5"
-    with pytest.raises(RunError, match=told):
-        verify_sync(engine_of(tiny()), ModelSide(model, 5, PROMPTS, START, IMAGES))
+        weight[3, 2] = value
+    with pytest.raises(RunError, match=f"`{name}` has values that are not finite after 5 steps"):
+        check_finite(model, 5)
 
 
 def test_windowed_attention_is_refused():

@@ -6,14 +6,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+from test_grpo_trainer import build
 from test_rollouts import engine_of
 from tiny_policy import write_recipe
+from transformers import TrainerCallback
 
 from cli.main import main
+from common.errors import RunError
 from data.prompts import records_of_run
 from policy import Policy
 from recipes import load_recipe
-from rl.run import PROBES, _sync, probe_ids
+from rl.run import PROBES, _sync, _write_policy, probe_ids
 from rollout.engine import WeightMismatch
 from rollout.sync import PROBE_TOKENS
 
@@ -54,6 +57,29 @@ def test_every_sync_is_probed_and_now_and_then_by_whole_pictures(policy):
     with pytest.raises(WeightMismatch, match="step 26 the other's log-probs of probe 0"):
         sync(26)
     assert asked == [(4, tokens), (4, PROBE_TOKENS), (4, tokens), (4, PROBE_TOKENS)]
+
+
+class Spoiler(TrainerCallback):
+    """An update that goes wrong."""
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        with torch.no_grad():
+            model.model.norm.weight[0] = float("nan")
+
+
+def test_nothing_is_sampled_from_weights_that_are_not_finite_and_no_policy_written(
+    policy, tmp_path
+):
+    trainer = build(policy, tmp_path, callbacks=[Spoiler()], **{"train.steps": 2})
+    told = "`model.norm.weight` has values that are not finite after 1 steps"
+    with pytest.raises(RunError, match=told):
+        trainer.train()
+    trainer.replay = tmp_path / "saved"
+    with pytest.raises(RunError, match=told):
+        trainer.vllm_generation.sync_weights()
+    with pytest.raises(RunError, match=told):
+        _write_policy(trainer, policy, load_recipe("geneval-scenes-full").recipe, tmp_path, "")
+    assert not (tmp_path / "policy").exists()
 
 
 def test_two_probes_begin_with_a_block_of_the_prefix_cache_each():

@@ -91,6 +91,17 @@ def test_a_file_of_something_else_is_told_before_the_run(tmp_path, policy_folder
         check_saved(tmp_path / "saved", recipe, 1)
 
 
+@pytest.mark.parametrize(("key", "value"), [("sampling", {"temperature": 2.0}), ("processes", 2)])
+def test_facts_that_differ_between_steps_are_told_before_the_run(
+    tmp_path, policy_folder, key, value
+):
+    recipe, folder = saved_run(tmp_path, policy_folder)
+    file = folder / "step-000001-0" / "samples.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+    with pytest.raises(RunError, match=rf"0001-0/samples.json cannot be used: its `{key}` is not"):
+        check_saved(folder, recipe, 1)
+
+
 @pytest.mark.parametrize("sampling", [None, {"temperature": "hot"}, {"temprature": 1.0}])
 def test_edited_facts_about_sampling_are_told_before_the_run(tmp_path, policy_folder, sampling):
     recipe, folder = saved_run(tmp_path, policy_folder)
@@ -126,8 +137,14 @@ def test_tokens_that_were_edited_are_told_before_the_run_and_at_their_step(tmp_p
     [
         ({"parts": {}}, "sample 7 was judged by none, and the recipe has red"),
         ({"parts": {"red": 0.1, "rde": 0.2}}, "sample 7 was judged by red, rde, and the recipe"),
-        ({"parts": {"red": "0.5"}}, "score '0.5' of `red` for sample 7 is neither a finite number"),
-        ({"parts": {"red": float("nan")}}, "score nan of `red` for sample 7 is neither a finite"),
+        ({"parts": {"red": "0.5"}}, "score '0.5' of `red` for sample 7 is neither a number"),
+        ({"parts": {"red": float("nan")}}, "score nan of `red` for sample 7 is neither a number"),
+        ({"parts": {"red": 3e38}}, r"score 3e\+38 of `red` for sample 7 is neither a number"),
+        ({"parts": {"red": 10**400}}, "of `red` for sample 7 is neither a number"),
+        ({"parts": {"red": True}}, "score True of `red` for sample 7 is neither a number"),
+        ({"parts": {"red": 0.5}, "reasons": None}, "cannot be used"),
+        ({"parts": {"red": 0.5}, "reasons": {"red": 4}}, "sample 7 has a reason that is no text"),
+        ({"parts": {"red": 0.5}, "details": None}, "details of sample 7 are no mapping"),
         ({"parts": [0.5]}, "cannot be used"),
         ({"part": {"red": 0.5}}, "cannot be used: it lacks 'parts'"),
     ],
