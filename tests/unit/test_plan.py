@@ -219,6 +219,11 @@ def test_workers_are_counted_where_they_are(sizes, capsys):
     assert "sending" not in several
     text = shown(capsys, *asked)
     assert text.index("memory of each worker") < text.index("several GPUs need decode.workers=0")
+    shared = [PUBLISHED, "rollout.workers=2", "rollout.engine=vllm"]
+    shared += ["rollout.ray.gpus_per_worker=0.5", "rollout.vllm.weight_transfer=ipc"]
+    text = shown(capsys, *shared)  # their memory is in that of the trainer's GPU
+    assert "each worker" not in text
+    assert "several GPUs need rollout.workers=0" in text
     assert planned(capsys, PUBLISHED)["workers"] == {}
     assert "each worker" not in shown(capsys, PUBLISHED)
 
