@@ -15,7 +15,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from common.errors import AtelierError, RunError
+from common.errors import RunError
 from rollout.cluster import Placement
 from rollout.micro_batch import Events
 from rollout.timeline import Interval
@@ -174,9 +174,9 @@ class ActorPool:
                 except ray.exceptions.RayTaskError as error:
                     # What one refuses, another would refuse as well.
                     refusal = error.cause
-                    if isinstance(refusal, AtelierError):
-                        refusal.args = (f"{name}: {refusal}",)
-                    else:  # a fault, shown with its traceback
+                    told = f"{name}: {refusal}"
+                    refusal.args = (told,)
+                    if told not in str(refusal):  # its text is not made of its arguments
                         refusal.add_note(f"in {name}")
                     waiting.clear()
                 except ray.exceptions.UnserializableException as error:  # refused as well
