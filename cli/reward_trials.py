@@ -1,6 +1,8 @@
 """The part of `atelier check` that calls the rewards."""
 
+import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +52,8 @@ def _try(
     from cli import console
     from rewards.checks import try_rewards
 
-    with console.progress() as progress:
+    # What rewards print must not stand in the middle of `check --json`.
+    with redirect_stdout(sys.stderr), console.progress() as progress:
         progress.start("rewards", None)  # a reward may load a large model
         trials = try_rewards(specs, records, folder)
         progress.finish("rewards")

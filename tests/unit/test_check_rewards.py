@@ -98,6 +98,18 @@ def test_as_json(folder, capsys):
     assert json.loads(capsys.readouterr().out)["rewards"] == []
 
 
+def test_what_a_reward_prints_stands_beside_the_json(folder, capsys):
+    chatty = (
+        "print('loaded')\ndef chatty(images):\n    print('seen')\n    return [1.0] * len(images)\n"
+    )
+    (folder / "chatty.py").write_text(chatty)
+    assert check(folder, '{use: "chatty.py:chatty"}', "scenes", "--json") == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["rewards"][0]["name"] == "chatty"
+    assert "loaded" in printed.err
+    assert "seen" in printed.err
+
+
 @pytest.mark.parametrize(
     ("use", "record", "words"),
     [
