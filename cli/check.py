@@ -37,13 +37,19 @@ def register(app: typer.Typer) -> None:
         from common.errors import AtelierError, UsageError
         from recipes import load_recipe
 
-        if ".py:" in recipe:
-            reward_trials.show(reward_trials.of_file(recipe, overrides or []), alone=True)
-            return
-        if recipe.endswith(".py"):
-            raise UsageError(f"{recipe} is no recipe.\n    Fix: try a reward: {recipe}:FUNCTION")
         try:
-            _check(load_recipe(recipe, overrides or []), as_json, rewards)
+            if ".py:" in recipe:
+                trials = reward_trials.of_file(recipe, overrides or [])
+                if as_json:
+                    _print_json({"valid": not any(trial.problems for trial in trials)}, trials)
+                else:
+                    reward_trials.show(trials, alone=True)
+            elif recipe.endswith(".py"):
+                raise UsageError(
+                    f"{recipe} is no recipe.\n    Fix: try a reward: {recipe}:FUNCTION"
+                )
+            else:
+                _check(load_recipe(recipe, overrides or []), as_json, rewards)
         except AtelierError as error:
             if as_json:
                 _print_problems(recipe, error)
@@ -81,7 +87,13 @@ def _check(loaded: "LoadedRecipe", as_json: bool, rewards: bool) -> None:
         if rewards:
             check_replayed_rewards(found, [trial.name for trial in trials])
     if as_json:
-        _print_json(loaded, trials)
+        facts = {
+            "valid": True,
+            "recipe": loaded.recipe.model_dump(mode="json"),
+            "provenance": loaded.provenance,
+            "files": [str(file) for file in loaded.files],
+        }
+        _print_json(facts, trials)
     else:
         reward_trials.show(trials)
 
@@ -146,18 +158,13 @@ def _print_problems(recipe: str, error: "AtelierError") -> None:
     typer.echo(json.dumps({"valid": False, "problems": problems}, indent=2, ensure_ascii=False))
 
 
-def _print_json(loaded: "LoadedRecipe", trials: "list[RewardTrial]") -> None:
+def _print_json(facts: dict[str, Any], trials: "list[RewardTrial]") -> None:
+    """Print facts and trials, and end with 1 if any reward has a problem."""
     import json
     from dataclasses import asdict
 
-    facts = {
-        "valid": True,
-        "recipe": loaded.recipe.model_dump(mode="json"),
-        "provenance": loaded.provenance,
-        "files": [str(file) for file in loaded.files],
-        "rewards": [asdict(trial) for trial in trials],
-    }
-    typer.echo(json.dumps(facts, indent=2, ensure_ascii=False))
+    rewards = [asdict(trial) for trial in trials]
+    typer.echo(json.dumps(facts | {"rewards": rewards}, indent=2, ensure_ascii=False))
     if any(trial.problems for trial in trials):
         raise typer.Exit(1)
 

@@ -102,7 +102,7 @@ def _record(path: Path, number: int, line: str) -> dict[str, Any]:
     where = f"{path}:{number}"
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not JSON ({error}).\n    Fix: one object a line.") from error
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"]:
         raise DataError(f'{where}: no prompt.\n    Fix: give each line a text under "prompt".')

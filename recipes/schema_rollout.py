@@ -243,7 +243,7 @@ class DecodeCheckSection(Section):
             ge=-1,
             le=1,
             description="Rank correlation of the reward within groups below which training decodes "
-            "better: twice the steps, in the end as evaluation does.",
+            "better: twice the steps, in the end as well as evaluation does.",
         ),
     ] = 0.8
     prompts: Annotated[int, Field(ge=1, description="Groups of the step that are compared.")] = 4

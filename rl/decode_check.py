@@ -24,8 +24,8 @@ class DecodeCheck:
     """Compares every `every` steps, on the first `prompts` groups, with the decoding `full`.
 
     Below the rank correlation `limit`, the sampler's decoding gets twice the steps, up to those of
-    `full`; with as many steps, its guidance, interval and tiles. What was found is appended to
-    `events`.
+    `full`; with as many steps, its guidance and interval, and the larger tiles of both (whole
+    pictures, if either decodes them). What was found is appended to `events`.
     """
 
     every: int

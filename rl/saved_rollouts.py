@@ -13,6 +13,9 @@ from data.prompts import records_of_run
 from recipes.schema_grpo import GrpoRecipe
 from rewards.outcomes import LARGEST
 
+_SAMPLING = {"temperature", "top_k", "top_p"}
+"""The fields of `policy.sampling.Sampling`, which imports torch."""
+
 
 def samples_file(folder: Path, step: int, process: int) -> Path:
     """Return the file that is written last of those of a step and a process."""
@@ -157,6 +160,10 @@ def _read(folder: Path, step: int = 0, process: int = 0) -> dict[str, Any]:
             )
         if (saved["step"], saved["process"]) != (step, process):
             raise ValueError(f"it is of step {saved['step']}, process {saved['process']}")
+        if not isinstance(saved["sampling"], dict) or saved["sampling"].keys() != _SAMPLING:
+            raise ValueError(f"its `sampling` does not hold {', '.join(sorted(_SAMPLING))} alone")
+        if type(saved["processes"]) is not int:
+            raise ValueError(f"its `processes` is {saved['processes']!r:.40}, no whole number")
     return saved
 
 

@@ -1,5 +1,6 @@
 """Whether a run fits, and the one change that makes it fit."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 from policy.anatomy import Anatomy
@@ -62,9 +63,10 @@ def change_that_fits(
 ) -> tuple[str, Memory] | None:
     """Return the first change of one value with which one device is enough, and what it needs.
 
-    In this order: a smaller micro-batch (the largest that fits; it costs nothing but time), half
-    the width of the numbers, no second copy of the weights for vLLM, adapters. None: no single one
-    is enough.
+    In this order: a smaller micro-batch (the largest that fits; it costs nothing but time), where
+    workers take the same memory fewer of them (the most that fit; neither kind, if one is not
+    enough), half the width of the numbers, no second copy of the weights for vLLM, adapters. None:
+    no single one is enough.
     """
     images = recipe.rollout.group_size * recipe.rollout.prompts_per_step
     micro = recipe.train.micro_batch or images
@@ -73,6 +75,8 @@ def change_that_fits(
         (f"train.micro_batch={size}", _changed(recipe, "train", "micro_batch", size))
         for size in smaller
     ]
+    if not gpu:
+        changes += _fewer_workers(recipe)
     if recipe.policy.dtype == "float32":
         changed = _changed(recipe, "policy", "dtype", "bfloat16")
         changes.append(("policy.dtype=bfloat16", changed))
@@ -86,6 +90,17 @@ def change_that_fits(
         if fits(memory, capacity):
             return text, memory
     return None
+
+
+def _fewer_workers(recipe: GrpoRecipe) -> Iterator[tuple[str, GrpoRecipe]]:
+    # One is left where the recipe would be refused without rollout workers.
+    least = int(bool(recipe.rollout.max_policy_lag or recipe.rollout.transfer))
+    for section, fewest in (("rollout", least), ("decode", 0)):
+        for count in range(getattr(recipe, section).workers - 1, fewest - 1, -1):
+            yield f"{section}.workers={count}", _changed(recipe, section, "workers", count)
+    if recipe.rollout.workers and recipe.decode.workers:
+        changed = _changed(_changed(recipe, "rollout", "workers", least), "decode", "workers", 0)
+        yield f"rollout.workers={least} decode.workers=0", changed
 
 
 def _changed(recipe: GrpoRecipe, section: str, key: str, value: object) -> GrpoRecipe:

@@ -28,7 +28,7 @@ def read_json(file: Path) -> Any:
     """Return what a JSON file holds. Raises DataError naming a file that is missing or damaged."""
     try:
         return json.loads(_text(file))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _unreadable(file, f"it is not JSON ({error})") from error
 
 
@@ -74,22 +74,6 @@ def read_prompts(file: Path) -> tuple[Record, ...]:
     .tsv with a column Prompt, Prompts or text (DrawBench, PartiPrompts); any other file as one
     prompt a line. Raises DataError naming the file.
     """
-    found: list[tuple[str | None, str, dict[str, Any]]]
-    if file.suffix == ".jsonl":
-        found = [(r["prompt_id"], r["prompt"], {}) for r in training_records(str(file), "all")]
-    elif file.suffix == ".json":
-        found = [_from_json(file, number, row) for number, row in enumerate(_list(file), start=1)]
-    elif file.suffix in (".csv", ".tsv"):
-        found = [(None, _cell(file, row), {}) for row in read_table(file, ())]
-    else:
-        text = _text(file).strip()
-        found = [(None, line, {}) for line in text.splitlines()]
-        if _is_json(text) or _is_json(text.partition("\n")[0]):
-            name = f"{file.stem}.{'json' if text.startswith('[') else 'jsonl'}"
-            raise DataError(f"{file} holds JSON, not one prompt a line.\n    Fix: call it {name}.")
-    prompts = [(name, text.strip(), more) for name, text, more in found if text.strip()]
-    if not prompts:
-        raise _unreadable(file, "it has no prompts")
     return tuple(
         {
             **more,
@@ -98,16 +82,53 @@ def read_prompts(file: Path) -> tuple[Record, ...]:
             "cluster": text,  # the same prompt twice is one fact
             "metadata": {"tag": file.stem, **_metadata(more)},
         }
-        for number, (name, text, more) in enumerate(prompts)
+        for number, (name, text, more) in enumerate(_prompts(file, file.suffix))
     )
 
 
+def _prompts(file: Path, ending: str) -> list[tuple[str | None, str, dict[str, Any]]]:
+    """Return id, prompt and further columns of each entry, read as a file with this ending."""
+    found: list[tuple[str | None, str, dict[str, Any]]]
+    if ending == ".jsonl":
+        found = [(r["prompt_id"], r["prompt"], {}) for r in training_records(str(file), "all")]
+    elif ending == ".json":
+        found = [_from_json(file, number, row) for number, row in enumerate(_list(file), start=1)]
+    elif ending in (".csv", ".tsv"):
+        found = [(None, _cell(file, row), {}) for row in read_table(file, ())]
+    else:
+        text = _text(file).strip()
+        found = [(None, line, {}) for line in text.splitlines()]
+        if _is_json(text) or _is_json(text.partition("\n")[0]):
+            raise DataError(
+                f"{file} holds JSON, not one prompt a line.\n    Fix: {_as_json_file(file)}."
+            )
+    prompts = [(name, text.strip(), more) for name, text, more in found if text.strip()]
+    if not prompts:
+        raise _unreadable(file, "it has no prompts")
+    return prompts
+
+
 def _is_json(text: str) -> bool:
-    """Whether a text is a JSON object or list."""
+    """Whether a text is a JSON object or list, or begins so many that Python does not read it."""
     try:
         return isinstance(json.loads(text), dict | list)
+    except RecursionError:
+        return True
     except ValueError:
         return False
+
+
+def _as_json_file(file: Path) -> str:
+    """Say under which name a file is read, or what it would have to hold."""
+    for ending in (".json", ".jsonl"):
+        try:
+            _prompts(file, ending)
+        except DataError:
+            continue
+        return f"call it {file.stem}{ending}"
+    return (
+        "write one prompt a line, or objects with `prompt`: one a line (.jsonl) or a list (.json)"
+    )
 
 
 def _from_json(file: Path, number: int, row: Any) -> tuple[str | None, str, dict[str, Any]]:

@@ -161,6 +161,32 @@ def test_a_reward_file_alone(capsys):
     assert "--arg" not in error  # which this command does not have
 
 
+def test_a_reward_file_alone_as_json(folder, capsys):
+    def printed(code, *arguments):
+        assert main(["check", *arguments, "--json"]) == code
+        return json.loads(capsys.readouterr().out)
+
+    facts = printed(0, "mine.py:good", "scale=2")
+    (good,) = facts["rewards"]
+    assert facts["valid"] is True
+    assert (good["name"], good["scores"], good["problems"]) == ("good", [128] * 4, [])
+    assert check(folder, '{use: "mine.py:good"}', "scenes", "--json") == 0
+    (of_recipe,) = json.loads(capsys.readouterr().out)["rewards"]
+    assert good.keys() == of_recipe.keys()
+    facts = printed(1, "mine.py:nan")
+    assert facts["valid"] is False
+    assert "returned nan" in facts["rewards"][0]["problems"][0]
+    for code, arguments, word in (
+        (1, ["mine.py:good", "scal=2"], "`scal`"),
+        (2, ["mine.py:good", "scale"], "KEY=VALUE"),
+        (2, ["mine.py"], "mine.py:FUNCTION"),
+        (1, ["mine.py:absent"], "absent"),
+    ):
+        facts = printed(code, *arguments)
+        assert facts["valid"] is False
+        assert word in str(facts["problems"])
+
+
 def test_a_fix_is_named_once(folder, capsys):
     (folder / "remote.py").write_text("from rewards.remote import remote as call\n")
     assert main(["check", "mine.py"]) == 2

@@ -1,6 +1,7 @@
 """`atelier plan`: what it says about a tiny recipe and the published one, and how it looks."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -109,6 +110,33 @@ def test_one_change_is_named_where_memory_is_short(policy_folder, monkeypatch, c
     monkeypatch.setattr(machine, "memory_bytes", lambda: 1_001_000_000)
     assert planned(capsys, *recipe)["verdict"]["fix"] is None
     assert "more memory" in shown(capsys, *recipe)
+
+
+@pytest.mark.parametrize(
+    ("asked", "gigabytes", "named"),
+    [
+        (["rollout.workers=30"], 10, r"rollout\.workers=\d"),
+        (["rollout.workers=3"], 2, r"rollout\.workers=0"),
+        (["rollout.workers=30", "rollout.max_policy_lag=1"], 3, r"rollout\.workers=1"),
+        (["decode.workers=30"], 10, r"decode\.workers=\d"),
+        (["rollout.workers=30", "decode.workers=2"], 10, r"rollout\.workers=\d"),
+        (["rollout.workers=9", "decode.workers=9"], 5, r"rollout\.workers=0 decode\.workers=0"),
+    ],
+)
+def test_as_many_workers_are_named_as_fit(monkeypatch, capsys, asked, gigabytes, named):
+    monkeypatch.setattr(machine, "memory_bytes", lambda: gigabytes * 10**9)
+    recipe = ("geneval-scenes", "policy.path=base", *asked)
+    verdict = planned(capsys, *recipe)["verdict"]
+    assert not verdict["fits"]
+    change = verdict["fix"]["change"]
+    assert re.fullmatch(named, change)
+    after = planned(capsys, *recipe, *change.split())["verdict"]
+    assert after["fits"]
+    assert after["needs"] == verdict["fix"]["needs"]
+    key, _, count = change.split()[0].partition("=")
+    more = change.replace(f"{key}={count}", f"{key}={int(count) + 1}", 1).split()
+    if len(more) == 1:
+        assert not planned(capsys, *recipe, *more)["verdict"]["fits"]
 
 
 def test_the_doctor_names_the_same_change(monkeypatch, capsys):

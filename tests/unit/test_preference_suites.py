@@ -87,20 +87,45 @@ def test_a_prompt_that_stands_twice_in_a_list_is_one_fact(tmp_path: Path) -> Non
         ("a.json", '["a dog", {"id": "x"}]', "entry 2 has no prompt"),
         ("a.json", '["a dog", 3]', "entry 2 has no prompt"),
         ("a.csv", "id,caption\n1,a dog\n", "none of its columns"),
-        (
-            "a.txt",
-            '{"prompt": "a dog"}\n{"prompt": "two cats"}\n',
-            "JSON(?s:.*)Fix: call it a.jsonl",
+        *(
+            ("a.txt", text, r"JSON(?s:.*)Fix: write one prompt a line, or objects with `prompt`")
+            for text in (
+                '{\n  "prompt": "a dog",\n  "metadata": {}\n}\n',  # one object on many lines
+                '["a dog"]\n["two cats"]\n',
+                '{"a": 1}\n',
+                '["a dog", 3]',
+                "[]",
+                "[" * 100_000,
+            )
         ),
-        ("a.txt", '\n{"prompt": "a dog"}\n', "JSON(?s:.*)Fix: call it a.jsonl"),
-        ("a.txt", '["a dog", "two cats"]', "JSON(?s:.*)Fix: call it a.json"),
-        ("a.txt", '[\n  "a dog"\n]\n', "JSON(?s:.*)Fix: call it a.json"),
+        ("a.json", "[" * 100_000, "it is not JSON"),
+        ("a.jsonl", "[" * 100_000, "not JSON"),
     ],
 )
 def test_an_unreadable_list_is_named(tmp_path: Path, name: str, text: str, words: str) -> None:
     (tmp_path / name).write_text(text)
     with pytest.raises(DataError, match=f"{name}.*{words}"):
         read_prompts(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [
+        ('{"prompt": "a dog"}\n{"prompt": "two cats"}\n', "a.jsonl"),
+        ('\n{"prompt": "a dog"}\n', "a.jsonl"),
+        ('["a dog", "two cats"]', "a.json"),
+        ('[\n  "a dog"\n]\n', "a.json"),
+        ('[{"prompt": "a dog"}]', "a.json"),
+    ],
+)
+def test_json_is_told_the_name_under_which_it_is_read(
+    tmp_path: Path, text: str, right: str
+) -> None:
+    (tmp_path / "a.txt").write_text(text)
+    with pytest.raises(DataError, match=rf"a\.txt holds JSON(?s:.*)Fix: call it {right}\.$"):
+        read_prompts(tmp_path / "a.txt")
+    named = (tmp_path / "a.txt").rename(tmp_path / right)
+    assert read_prompts(named)[0]["prompt"] == "a dog"
 
 
 # --- HPS v2 -------------------------------------------------------------------------------------

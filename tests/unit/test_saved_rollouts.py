@@ -91,7 +91,12 @@ def test_a_file_of_something_else_is_told_before_the_run(tmp_path, policy_folder
         check_saved(tmp_path / "saved", recipe, 1)
 
 
-@pytest.mark.parametrize(("key", "value"), [("sampling", {"temperature": 2.0}), ("processes", 2)])
+SAMPLING = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("sampling", SAMPLING | {"temperature": 2.0}), ("processes", 2)]
+)
 def test_facts_that_differ_between_steps_are_told_before_the_run(
     tmp_path, policy_folder, key, value
 ):
@@ -102,12 +107,28 @@ def test_facts_that_differ_between_steps_are_told_before_the_run(
         check_saved(folder, recipe, 1)
 
 
-@pytest.mark.parametrize("sampling", [None, {"temperature": "hot"}, {"temprature": 1.0}])
-def test_edited_facts_about_sampling_are_told_before_the_run(tmp_path, policy_folder, sampling):
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("sampling", SAMPLING | {"temperature": "hot"}, ""),
+        ("sampling", None, "its `sampling` does not hold temperature, top_k, top_p"),
+        ("sampling", {}, "its `sampling` does not hold"),
+        ("sampling", {"temperature": 1.0}, "its `sampling` does not hold"),
+        ("sampling", SAMPLING | {"temprature": 1.0}, "its `sampling` does not hold"),
+        ("processes", 1.0, r"its `processes` is 1\.0, no whole number"),
+        ("processes", "1", "its `processes` is '1', no whole number"),
+        ("processes", True, "its `processes` is True, no whole number"),
+    ],
+)
+def test_edited_facts_of_all_steps_are_told_before_the_run(
+    tmp_path, policy_folder, key, value, told
+):
     recipe, folder = saved_run(tmp_path, policy_folder)
-    file = folder / "step-000000-0" / "samples.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"sampling": sampling}))
-    with pytest.raises(RunError, match=r"0000-0/samples.json cannot be used: (?s:.*)Fix: copy"):
+    for file in folder.glob("*/samples.json"):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+    with pytest.raises(
+        RunError, match=rf"0000-0/samples.json cannot be used: {told}(?s:.*)Fix: copy"
+    ):
         check_saved(folder, recipe, 1)
 
 
