@@ -42,7 +42,7 @@ def tail_states(decoder: Any, input_ids: Tensor, attention_mask: Tensor, tail: i
         past_key_values=cache,
         use_cache=True,
     )
-    _repeat(cache, owner)
+    cache.batch_select_indices(owner)
     hidden: Tensor = decoder(
         input_ids=input_ids[:, -tail:],
         attention_mask=attention_mask,
@@ -51,20 +51,3 @@ def tail_states(decoder: Any, input_ids: Tensor, attention_mask: Tensor, tail: i
         use_cache=True,
     ).last_hidden_state
     return hidden
-
-
-def _repeat(cache: DynamicCache, owner: Tensor) -> None:
-    """Give each row of the batch the keys and values of its prompt.
-
-    Not by indexing, the gradient of which adds up rows in whatever order threads come to them: a
-    run could not be made again to the last bit.
-    """
-    prompts, counts = torch.unique_consecutive(owner, return_counts=True)
-    runs = list(zip(prompts.tolist(), counts.tolist(), strict=True))
-
-    def repeated(states: Tensor) -> Tensor:
-        rows = states.split(1)
-        return torch.cat([rows[prompt].expand(count, -1, -1, -1) for prompt, count in runs])
-
-    for layer in cache.layers:
-        layer.keys, layer.values = repeated(layer.keys), repeated(layer.values)

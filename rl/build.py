@@ -30,6 +30,7 @@ from rl.checkpoints import (
     step_of,
 )
 from rl.codecs import scene_pixels, train_autoencoder, train_image_tokenizer
+from rl.devices import repeatable_sums
 from rl.preflight import check_installed, check_launch
 from rl.pretrain import pretrain, task_weights
 from rl.provenance import with_stage
@@ -104,7 +105,8 @@ def build(loaded: LoadedRecipe, run_dir: Path, progress: Progress | None = None)
     start = policy_hash(policy)
     with RunLog(recipe, run_dir, progress, run_lock(run_dir)) as log:
         log.begin()
-        _train_codec(policy, recipe, log)
+        with repeatable_sums(policy.device):
+            _train_codec(policy, recipe, log)
         progress.finish("train")
         policy.config = with_stage(policy.config, recipe, start)
         with atomic_dir(run_dir / "policy") as staged:

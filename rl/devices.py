@@ -1,4 +1,7 @@
-"""Which device a process of a run computes on."""
+"""Which device a process of a run computes on, and that it does so alike each time."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from transformers import TrainingArguments
@@ -29,6 +32,24 @@ def training_device(wanted: str) -> str:
     device = f"cuda:{number}"
     torch.cuda.set_device(device)
     return device
+
+
+@contextmanager
+def repeatable_sums(device: torch.device) -> Iterator[None]:
+    """Inside, what is computed on the CPU can be computed again to the last bit.
+
+    On several threads some of torch's sums (mostly the gradient of an index) are otherwise added up
+    in whatever order the threads come. On a GPU nothing changes: not all kernels have the choice.
+    """
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    if device.type == "cpu":
+        # Warnings where a kernel has no choice, no errors: rewards compute in here as well.
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
 
 
 def use_one_gpu(arguments: TrainingArguments, progress: Progress) -> None:

@@ -337,9 +337,10 @@ class _EngineSync:
         self._sync = sync
 
     def sync_weights(self) -> None:
-        check_finite(self._trainer.model, self._trainer.state.global_step)
         if self._trainer.replay is not None:
-            return  # nobody samples; the held-out evaluation syncs by itself
+            # Nobody samples; the held-out evaluation syncs by itself.
+            check_finite(self._trainer.model, self._trainer.state.global_step)
+            return
         with self._trainer.timeline.busy("sync"):
             self._sync(self._trainer.state.global_step)
 

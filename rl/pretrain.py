@@ -28,7 +28,7 @@ from recipes.schema_pretrain import PretrainRecipe
 from rl.callbacks import InterruptCallback
 from rl.checkpoints import published
 from rl.corpus import BatchEncoder, Collator, PictureCorpus, Row, SceneCorpus
-from rl.devices import use_one_gpu
+from rl.devices import repeatable_sums, use_one_gpu
 from rl.ema import EmaCallback
 from rl.joint_loss import PARTS, JointLoss
 from rl.optimizers import MuonAdamW
@@ -262,7 +262,8 @@ def pretrain(
         ema=ema,
     )
     try:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        with repeatable_sums(policy.device):
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     finally:
         interrupt.give_back()
         # Or transformers would load the next policy in pieces, too.

@@ -32,7 +32,7 @@ from recipes.schema_rollout import DecodeEvalSection
 from rl.callbacks import HeldOut, HeldOutCallback, InterruptCallback, JournalCallback
 from rl.checkpoints import checkpoint_to_resume, refuse_other_processes, step_of
 from rl.decode_check import DecodeCheck, decode_of_journal
-from rl.devices import note_devices, training_device, use_one_gpu
+from rl.devices import note_devices, repeatable_sums, training_device, use_one_gpu
 from rl.grpo import ImageGRPOTrainer, Sync
 from rl.lora import lora_config
 from rl.preflight import (
@@ -185,7 +185,7 @@ def _run(
         progress.advance("train", done)
         # The stages of a rollout help themselves; what is left is the update.
         fix = f"set train.micro_batch lower in {run_dir}/recipe.yaml, then `atelier resume` it"
-        with memory_advice("the update", fix):
+        with memory_advice("the update", fix), repeatable_sums(policy.device):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         progress.finish("train")
         step = trainer.state.global_step
@@ -311,6 +311,7 @@ def _sync(policy: Policy, engine: Engine, adapter: bool, tolerance: float) -> Sy
     images = (config.image_start_id, config.num_image_tokens)
 
     def sync(step: int) -> None:
+        check_finite(policy.ar, step)
         side = ModelSide(policy.ar, step, probes, *images, adapter)
         length = PROBE_TOKENS if step % WHOLE_PROBES_EVERY else config.num_tokens
         verify_sync(engine, side, tolerance, length)

@@ -31,13 +31,18 @@ class Push:
 
 
 def check_finite(model: nn.Module, step: int) -> None:
-    """Raise RunError if a trained weight is no number any more after `step` updates."""
+    """Raise RunError if a weight is no number after `step` updates, which change the trained alone.
+
+    Before the first, that of the policy folder is told.
+    """
     for name, weight in model.named_parameters():
-        if weight.requires_grad and not weight.isfinite().all():
-            raise RunError(
-                f"`{name}` has values that are not finite after {step} steps.\n    Fix: start "
-                "again with train.learning_rate or train.grad_clip lower."
-            )
+        if (step == 0 or weight.requires_grad) and not weight.isfinite().all():
+            told = f"`{name}` has values that are not finite"
+            if step == 0:
+                fix = "the policy folder is damaged: copy or convert it again."
+                raise RunError(f"{told}.\n    Fix: {fix}")
+            fix = "start again with a lower train.learning_rate."
+            raise RunError(f"{told} after {step} steps.\n    Fix: {fix}")
 
 
 def merged_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from cli.main import main
 from data.scenes import scene_prompts
 from evals.fidelity import fidelity
 from policy import Policy, base_path
@@ -66,3 +67,19 @@ def test_pictures_depend_on_their_seed_alone(base: Policy, tmp_path: Path) -> No
     difference = np.abs(np.asarray(together[1], int) - np.asarray(alone, int)).max()
     assert difference <= 1  # the last bit of a pixel may round either way in another batch
     assert base.generate(prompts[:1], seeds=[5])[0].tobytes() != alone.tobytes()
+
+
+def test_a_run_on_two_threads_can_be_made_again(tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for name in ("one", "two"):
+            command = ["train", "geneval-scenes", "train.steps=2", "evals.every=0"]
+            assert main([*command, "--out", str(tmp_path / name)]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    one, two = (Policy.from_pretrained(tmp_path / name / "policy") for name in ("one", "two"))
+    for (name, weight), other in zip(
+        one.ar.state_dict().items(), two.ar.state_dict().values(), strict=True
+    ):
+        assert torch.equal(weight, other), name

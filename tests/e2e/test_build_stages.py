@@ -246,12 +246,14 @@ def test_batches_are_padded_on_the_left_and_end_with_the_picture(policy):
 class Counting:
     def __init__(self) -> None:
         self.total, self.done = 0, 0
+        self.repeatable: list[bool] = []
 
     def start(self, task, total):
         self.total = total
 
     def advance(self, task, n=1, **facts):
         self.done += n
+        self.repeatable.append(torch.are_deterministic_algorithms_enabled())
         assert facts
 
     def finish(self, task):
@@ -293,6 +295,8 @@ def test_a_stage_trains_its_parts_and_leaves_a_policy(policy_folder, tmp_path, c
     assert all(torch.isfinite(tensor).all() for tensor in after.state_dict().values())
     assert [s["recipe"] for s in after.config.provenance["stages"]] == [recipe.recipe.name]
     assert (progress.total, progress.done) == (3, 3)
+    assert all(progress.repeatable)
+    assert not torch.are_deterministic_algorithms_enabled()
     rows = read_journal(tmp_path / "run" / "metrics.jsonl")
     assert rows[-1]["step"] == 3
     assert load_recipe(tmp_path / "run" / "recipe.yaml").recipe == recipe.recipe

@@ -10,7 +10,7 @@ from common.errors import RunError
 from common.journal import Journal, read_journal
 from common.progress import SilentProgress
 from recipes import load_recipe
-from rl.devices import note_devices, training_device, use_one_gpu
+from rl.devices import note_devices, repeatable_sums, training_device, use_one_gpu
 
 
 @pytest.fixture
@@ -91,3 +91,11 @@ def test_gpus_of_all_workers_count_beside_a_trainer_on_the_cpu(tmp_path: Path) -
     note_devices(journal, recipe, torch.device("cpu"), 0)
     [row] = read_journal(journal.path)
     assert (row["kind"], row["count"]) == ("GPU", 3 + 1 + 1)
+
+
+def test_sums_are_as_they_were_after_a_run_and_on_a_gpu():
+    with repeatable_sums(torch.device("cuda")):
+        assert not torch.are_deterministic_algorithms_enabled()
+    with repeatable_sums(torch.device("cpu")):
+        assert torch.are_deterministic_algorithms_enabled()
+    assert not torch.are_deterministic_algorithms_enabled()

@@ -71,6 +71,8 @@ def test_nothing_is_sampled_from_weights_that_are_not_finite_and_no_policy_writt
     policy, tmp_path
 ):
     trainer = build(policy, tmp_path, callbacks=[Spoiler()], **{"train.steps": 2})
+    # The held-out evaluation syncs by the same function, before any rollout of the step.
+    trainer.vllm_generation._sync = _sync(policy, engine_of(policy), False, 1e-4)
     told = "`model.norm.weight` has values that are not finite after 1 steps"
     with pytest.raises(RunError, match=told):
         trainer.train()
@@ -80,6 +82,14 @@ def test_nothing_is_sampled_from_weights_that_are_not_finite_and_no_policy_writt
     with pytest.raises(RunError, match=told):
         _write_policy(trainer, policy, load_recipe("geneval-scenes-full").recipe, tmp_path, "")
     assert not (tmp_path / "policy").exists()
+
+
+def test_a_start_policy_with_weights_that_are_not_finite_is_named(policy):
+    policy.ar.requires_grad_(False)  # the base below adapters is no better
+    with torch.no_grad():
+        policy.ar.model.norm.weight[0] = float("inf")
+    with pytest.raises(RunError, match=r"`model.norm.weight` has values .*\n.*folder is damaged"):
+        _sync(policy, engine_of(policy), False, 1e-4)(0)
 
 
 def test_two_probes_begin_with_a_block_of_the_prefix_cache_each():
