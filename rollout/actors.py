@@ -161,6 +161,8 @@ class ActorPool:
                 call = getattr(self.handles[number], method).remote(*pieces[index])
                 running[call] = number, index, time.perf_counter()
             done = self._wait(running)
+            if not self.handles:
+                raise RunError(f"the {self._placement.section} workers were closed meanwhile")
             for call in done or self._overdue(running):
                 if call in self._starting:
                     self._join(call)
@@ -174,9 +176,9 @@ class ActorPool:
                 except ray.exceptions.RayTaskError as error:
                     # What one refuses, another would refuse as well.
                     refusal = error.cause
-                    told = f"{name}: {refusal}"
-                    refusal.args = (told,)
-                    if told not in str(refusal):  # its text is not made of its arguments
+                    if refusal.args == (str(refusal),):
+                        refusal.args = (f"{name}: {refusal}",)
+                    else:  # its text is made of more
                         refusal.add_note(f"in {name}")
                     waiting.clear()
                 except ray.exceptions.UnserializableException as error:  # refused as well
@@ -262,8 +264,6 @@ class ActorPool:
         """Start a new actor in a lost one's place, or give the place up; some must be left."""
         import ray
 
-        if not self.handles:  # closed meanwhile
-            raise error
         self._events.append(
             {
                 "event": "worker_replaced",

@@ -30,9 +30,11 @@ class TwoArguments(Exception):
 
 
 class Worker:
-    """Does what files in its folder say: `die-PIECE` once, `always-PIECE`, `broken-N` starts."""
+    """Does what files say: `die-PIECE` once, `always-PIECE`; when it starts `broken-N`, `slow`."""
 
     def __init__(self, folder: Path) -> None:
+        while (folder / "slow").exists():
+            time.sleep(0.1)
         for name in sorted(folder.glob("broken-*")):
             name.unlink()
             raise ValueError("no driver yet")
@@ -46,6 +48,8 @@ class Worker:
         if piece == 99:
             (self.folder / "asleep").touch()
             time.sleep(3600)
+        if piece == 98:
+            raise OSError(28, "No space left on device", "pictures")
         if piece < 0:
             raise TwoArguments("below ", "zero")
         return piece
@@ -110,6 +114,14 @@ def test_what_a_worker_refuses_is_told_with_its_number(pool):
     assert pool.replaced == 0
 
 
+def test_a_fault_whose_text_is_made_of_several_arguments_keeps_them(pool):
+    with pytest.raises(OSError, match="No space left") as caught:
+        pool.run("work", [(98,)])
+    assert caught.value.errno == 28
+    assert caught.value.__notes__ == ["in rollout worker 0"]
+    assert pool.run("work", [(0,), (1,), (2,)]) == [0, 1, 2]
+
+
 def test_answers_tell_whose_they_are(pool):
     assert pool.answers("work", [(5,), (6,)]) == [(0, 5), (1, 6)]
     assert pool.on_all("work", 7) == {0: 7, 1: 7, 2: 7}
@@ -141,10 +153,22 @@ def test_a_pool_that_is_closed_gives_up_what_is_running(pool, tmp_path):
             assert not running.done()
             time.sleep(0.01)
         pool.close()
-        with pytest.raises(ray.exceptions.RayActorError):
+        with pytest.raises(RunError, match="closed"):
             running.result(timeout=20)
     assert pool.handles == []
     assert pool.replaced == 0
+
+
+def test_a_pool_that_is_closed_gives_up_waiting_for_workers_that_start(pool, tmp_path):
+    touch(tmp_path, "slow", "die-0", "die-1", "die-2")
+    with ThreadPoolExecutor() as thread:
+        running = thread.submit(pool.run, "work", [(0,), (1,), (2,)])
+        while pool.replaced < 3:
+            assert not running.done()
+            time.sleep(0.01)
+        pool.close()
+        with pytest.raises(RunError, match="closed"):
+            running.result(timeout=20)
 
 
 JOIN = """
