@@ -162,8 +162,8 @@ def _read(folder: Path, step: int = 0, process: int = 0) -> dict[str, Any]:
             raise ValueError(f"it is of step {saved['step']}, process {saved['process']}")
         if not isinstance(saved["sampling"], dict) or saved["sampling"].keys() != _SAMPLING:
             raise ValueError(f"its `sampling` does not hold {', '.join(sorted(_SAMPLING))} alone")
-        if type(saved["processes"]) is not int:
-            raise ValueError(f"its `processes` is {saved['processes']!r:.40}, no whole number")
+        if type(saved["processes"]) is not int or saved["processes"] < 1:
+            raise ValueError(f"its `processes` is {saved['processes']!r:.40}, no number of them")
     return saved
 
 
@@ -172,7 +172,7 @@ def _refused(file: Path) -> Iterator[Path]:
     """Turn what reading a missing or damaged file raises into a RunError."""
     try:
         yield file
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         why = f"it lacks {error}" if isinstance(error, KeyError) else error
         raise RunError(
             f"{file} cannot be used: {why}\n    Fix: copy the saved rollouts again, or save anew."

@@ -10,6 +10,7 @@ so but for an outage, which each actor's runner remembers. Every piece is taken 
 from __future__ import annotations
 
 import heapq
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
@@ -65,6 +66,8 @@ class ActorPool:
             int, float
         ] = {}  # of those: who was ready, and when it was asked to say so
         self._free: list[int] = []
+        self._lock = threading.RLock()
+        """Held while actors come and go, for another thread may close the pool."""
         self.handles = [self._new(number) for number in range(placement.workers)]
         """The actors by number, also those that are not ready yet."""
 
@@ -134,10 +137,11 @@ class ActorPool:
         """End the actors."""
         import ray
 
-        handles, self.handles = self.handles, []  # first: a call in another thread stops by it
+        with self._lock:
+            handles, self.handles = self.handles, []  # a call in another thread stops by it
+            self._starting, self._asked, self._free = {}, {}, []
         for handle in handles:
             ray.kill(handle)
-        self._starting, self._asked, self._free = {}, {}, []
 
     # --- calls ------------------------------------------------------------------------------------
 
@@ -156,15 +160,16 @@ class ActorPool:
         waiting = deque(range(len(pieces)))
         running: dict[Any, tuple[int, int, float]] = {}  # call -> actor, piece, when it began
         while waiting or running:
-            while waiting and self._free:
-                number, index = heapq.heappop(self._free), waiting.popleft()
-                call = getattr(self.handles[number], method).remote(*pieces[index])
-                running[call] = number, index, time.perf_counter()
+            with self._lock:
+                handles = self._open()
+                while waiting and self._free:
+                    number, index = heapq.heappop(self._free), waiting.popleft()
+                    call = getattr(handles[number], method).remote(*pieces[index])
+                    running[call] = number, index, time.perf_counter()
             done = self._wait(running)
-            if not self.handles:
-                raise RunError(f"the {self._placement.section} workers were closed meanwhile")
+            self._open()
             for call in done or self._overdue(running):
-                if call in self._starting:
+                if call not in running:  # an actor is ready
                     self._join(call)
                     continue
                 number, index, began = running.pop(call)
@@ -237,8 +242,10 @@ class ActorPool:
         """Take in an actor that is ready, or start another; `first`: unless it cannot be made."""
         import ray
 
-        number = self._starting.pop(ready)
-        during = "start" if self._asked.pop(number, None) is None else "idle"
+        with self._lock:
+            self._open()
+            number = self._starting.pop(ready)
+            during = "start" if self._asked.pop(number, None) is None else "idle"
         try:
             if not ray.wait([ready], timeout=0)[0]:
                 raise self._no_answer()
@@ -255,34 +262,44 @@ class ActorPool:
 
     def _ask_idle(self) -> None:
         """Let idle actors say that they are there, before they are given what others lost."""
-        self._asked.update(dict.fromkeys(self._free, time.perf_counter()))
-        for number in self._free:
-            self._starting[self.handles[number].__ray_ready__.remote()] = number
-        self._free.clear()
+        with self._lock:
+            handles = self._open()
+            self._asked.update(dict.fromkeys(self._free, time.perf_counter()))
+            for number in self._free:
+                self._starting[handles[number].__ray_ready__.remote()] = number
+            self._free.clear()
 
     def _lose(self, number: int, during: str, error: Exception) -> None:
         """Start a new actor in a lost one's place, or give the place up; some must be left."""
         import ray
 
-        self._events.append(
-            {
-                "event": "worker_replaced",
-                "section": self._placement.section,
-                "worker": number,
-                "during": during,
-                "reason": str(error).splitlines()[0],
-            }
-        )
-        ray.kill(self.handles[number])
-        if self._failed_starts[number] > MAX_LOSSES:
-            self._events[-1]["event"] = "worker_given_up"
-            self._given_up.add(number)
-            if len(self._given_up) == len(self.handles):
-                raise self._too_many(number, during, error) from error
-            return
-        self.replaced += 1
-        self.handles[number] = self._new(number)
-        self._on_loss()
+        with self._lock:
+            handles = self._open()
+            self._events.append(
+                {
+                    "event": "worker_replaced",
+                    "section": self._placement.section,
+                    "worker": number,
+                    "during": during,
+                    "reason": str(error).splitlines()[0],
+                }
+            )
+            ray.kill(handles[number])
+            if self._failed_starts[number] > MAX_LOSSES:
+                self._events[-1]["event"] = "worker_given_up"
+                self._given_up.add(number)
+                if len(self._given_up) == len(handles):
+                    raise self._too_many(number, during, error) from error
+                return
+            self.replaced += 1
+            handles[number] = self._new(number)
+            self._on_loss()
+
+    def _open(self) -> list[Any]:
+        """Return the actors' handles; RunError if the pool was closed."""
+        if not self.handles:
+            raise RunError(f"the {self._placement.section} workers were closed")
+        return self.handles
 
     def _no_answer(self) -> Exception:
         from ray.exceptions import GetTimeoutError

@@ -135,7 +135,7 @@ def test_answers_tell_whose_they_are(pool):
 def test_a_closed_pool_waits_for_nobody_who_was_asked(pool):
     pool._ask_idle()
     pool.close()
-    with pytest.raises(RunError, match="there is no rollout worker"):
+    with pytest.raises(RunError, match="were closed"):
         pool.run("work", [(0,)])
 
 
@@ -169,6 +169,8 @@ def test_a_pool_that_is_closed_gives_up_waiting_for_workers_that_start(pool, tmp
         pool.close()
         with pytest.raises(RunError, match="closed"):
             running.result(timeout=20)
+    with pytest.raises(RunError, match="closed"):
+        pool.run("work", [(0,)])
 
 
 JOIN = """

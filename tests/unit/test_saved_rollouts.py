@@ -81,7 +81,9 @@ def test_a_damaged_file_of_any_step_is_told_before_the_run(tmp_path, policy_fold
         check_saved(folder, recipe, 1)
 
 
-@pytest.mark.parametrize("text", ["[1]", '{"processes": 1, "sampling": {}, "policy_lag": null}'])
+@pytest.mark.parametrize(
+    "text", ["[1]", "[" * 100_000, '{"processes": 1, "sampling": {}, "policy_lag": null}']
+)
 def test_a_file_of_something_else_is_told_before_the_run(tmp_path, policy_folder, text):
     recipe = load_recipe(str(write_recipe(tmp_path, policy_folder)), ["train.steps=1"]).recipe
     prompts = [r["prompt"] for r in records_of_run(recipe) for _ in range(4)]
@@ -115,9 +117,10 @@ def test_facts_that_differ_between_steps_are_told_before_the_run(
         ("sampling", {}, "its `sampling` does not hold"),
         ("sampling", {"temperature": 1.0}, "its `sampling` does not hold"),
         ("sampling", SAMPLING | {"temprature": 1.0}, "its `sampling` does not hold"),
-        ("processes", 1.0, r"its `processes` is 1\.0, no whole number"),
-        ("processes", "1", "its `processes` is '1', no whole number"),
-        ("processes", True, "its `processes` is True, no whole number"),
+        ("processes", 1.0, r"its `processes` is 1\.0, no number of them"),
+        ("processes", "1", "its `processes` is '1', no number of them"),
+        ("processes", 0, "its `processes` is 0, no number of them"),
+        ("processes", True, "its `processes` is True, no number of them"),
     ],
 )
 def test_edited_facts_of_all_steps_are_told_before_the_run(
