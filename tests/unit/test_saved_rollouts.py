@@ -82,16 +82,19 @@ def test_a_damaged_file_of_any_step_is_told_before_the_run(tmp_path, policy_fold
 
 
 @pytest.mark.parametrize(
-    "text", ["[1]", "[" * 100_000, '{"processes": 1, "sampling": {}, "policy_lag": null}']
+    ("text", "told"),
+    [
+        ("[1]", "it does not hold"),
+        ('{"processes": 1, "sampling": {}, "policy_lag": null}', "it does not hold"),
+        ("[" * 100_000, "maximum recursion depth"),
+    ],
 )
-def test_a_file_of_something_else_is_told_before_the_run(tmp_path, policy_folder, text):
+def test_a_file_of_something_else_is_told_before_the_run(tmp_path, policy_folder, text, told):
     recipe = load_recipe(str(write_recipe(tmp_path, policy_folder)), ["train.steps=1"]).recipe
     prompts = [r["prompt"] for r in records_of_run(recipe) for _ in range(4)]
     saved(tmp_path / "saved", [{"red": 0.5}] * 16, 0, prompts)
     (tmp_path / "saved" / "step-000000-0" / "samples.json").write_text(text)
-    with pytest.raises(
-        RunError, match=r"samples\.json cannot be used: (it does not hold|maximum rec)"
-    ):
+    with pytest.raises(RunError, match=rf"samples\.json cannot be used: {told}"):
         check_saved(tmp_path / "saved", recipe, 1)
 
 
