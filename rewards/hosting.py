@@ -66,8 +66,8 @@ class ThreadHost:
     def __init__(self, function: RewardFunction, timeout_s: float) -> None:
         self._function = function
         self._timeout_s = timeout_s
-        self._loop: _Loop | None = None
-        self._left_behind: list[_Loop] = []
+        self._loop: LoopThread | None = None
+        self._left_behind: list[LoopThread] = []
         self._blocked = False
         self._closed = concurrent.futures.Future[None]()
 
@@ -75,7 +75,7 @@ class ThreadHost:
         """Return what each call came to, in order."""
         results: list[Any] = [None] * len(calls)
         in_turn, self._blocked = self._blocked, False
-        awaited: list[tuple[int, _Loop, concurrent.futures.Future[Any]]] = []
+        awaited: list[tuple[int, LoopThread, concurrent.futures.Future[Any]]] = []
         for index, call in enumerate(calls):
             if self._closed.done():
                 results[index] = CLOSED
@@ -109,7 +109,9 @@ class ThreadHost:
             self._loop.stop()
             self._loop = None
 
-    def _finish(self, loop: "_Loop", future: "concurrent.futures.Future[Any]", limit: float) -> Any:
+    def _finish(
+        self, loop: "LoopThread", future: "concurrent.futures.Future[Any]", limit: float
+    ) -> Any:
         either = (future, self._closed)
         concurrent.futures.wait(either, limit, concurrent.futures.FIRST_COMPLETED)
         if future.done():
@@ -121,17 +123,17 @@ class ThreadHost:
             self._loop = None
         return CLOSED if self._closed.done() else too_late(self._timeout_s)
 
-    def _ready_loop(self) -> "_Loop | None":
+    def _ready_loop(self) -> "LoopThread | None":
         self._left_behind = [loop for loop in dict.fromkeys(self._left_behind) if loop.alive]
         if self._loop is not None and not self._loop.alive:
             self._loop = None
         if self._loop is None and len(self._left_behind) < _MAX_LEFT_BEHIND:
-            self._loop = _Loop(f"reward-{self._function.name}")
+            self._loop = LoopThread(f"reward-{self._function.name}")
         return self._loop
 
 
-class _Loop:
-    """An event loop in a daemon thread."""
+class LoopThread:
+    """An event loop in a daemon thread, which the interpreter's end does not wait for."""
 
     def __init__(self, name: str) -> None:
         self._loop = asyncio.new_event_loop()

@@ -1,11 +1,10 @@
 """What the suites share whose pictures a vision-language model judges."""
 
-import asyncio
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from functools import cache
-from threading import Lock, Thread
+from threading import Lock
 from typing import Any
 
 from PIL import Image
@@ -13,6 +12,7 @@ from PIL import Image
 from evals.suites.files import NO_CHECKSUM
 from evals.suites.options import check_options
 from evals.suites.rewarded import mean, typed
+from rewards.hosting import LoopThread
 from rewards.judge_client import Judge, JudgeFailure, Parse
 
 WORKERS = 8
@@ -21,11 +21,9 @@ _ONE_LOOP = Lock()
 
 
 @cache
-def _event_loop() -> asyncio.AbstractEventLoop:
+def _event_loop() -> LoopThread:
     """Return the loop of all requests: those of a judge can only be limited within one loop."""
-    loop = asyncio.new_event_loop()
-    Thread(target=loop.run_forever, name="judges", daemon=True).start()
-    return loop
+    return LoopThread("judges")
 
 
 def judge_of(options: Mapping[str, str]) -> Judge:
@@ -43,7 +41,7 @@ def ask(
     answers: list[dict[str, Any]] = []
     with _ONE_LOOP:
         loop = _event_loop()
-    for answer in asyncio.run_coroutine_threadsafe(judge.ask(questions, parse), loop).result():
+    for answer in loop.submit(judge.ask(questions, parse)).result():
         if isinstance(answer, JudgeFailure):
             return [], str(answer)
         answers.append(answer)
