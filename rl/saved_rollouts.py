@@ -117,10 +117,11 @@ def check_judges(folder: Path, rewards: Sequence[str], steps: int) -> None:
     """Raise RunError unless each sample has a score, or null, of each reward of these names."""
     processes = _read(folder)["processes"]
     for i in range(steps * processes):
-        file = samples_file(folder, *divmod(i, processes))
-        with _refused(file):
-            for number, sample in enumerate(_read(folder, *divmod(i, processes))["samples"]):
-                parts = sample["score"]["parts"]
+        place = divmod(i, processes)
+        with _refused(samples_file(folder, *place)) as file:
+            for number, sample in enumerate(_read(folder, *place)["samples"]):
+                score = sample["score"]
+                parts = score["parts"]
                 if parts.keys() != set(rewards):
                     raise RunError(
                         f"rewards.functions: by {file}, sample {number} was judged by "
@@ -134,8 +135,7 @@ def check_judges(folder: Path, rewards: Sequence[str], steps: int) -> None:
                             f"the score {value!r:.40} of `{name}` for sample {number} is neither a "
                             f"number of at most {LARGEST:g} nor null"
                         )
-                told = sample["score"]
-                reasons, details = told.get("reasons", {}), told.get("details", {})
+                reasons, details = score.get("reasons", {}), score.get("details", {})
                 if not all(isinstance(reason, str) for reason in reasons.values()):
                     raise ValueError(f"sample {number} has a reason that is no text")
                 if not isinstance(details, dict):

@@ -61,12 +61,12 @@ def memory_on(recipe: GrpoRecipe, anatomy: Anatomy, gpu: bool) -> Memory:
 def change_that_fits(
     recipe: GrpoRecipe, anatomy: Anatomy, capacity: int, gpu: bool = True
 ) -> tuple[str, Memory] | None:
-    """Return the first change of one value with which one device is enough, and what it needs.
+    """Return the first change with which one device is enough, and what it needs.
 
-    In this order: a smaller micro-batch (the largest that fits; it costs nothing but time), where
-    workers take the same memory fewer of them (the most that fit; neither kind, if one is not
-    enough), half the width of the numbers, no second copy of the weights for vLLM, adapters. None:
-    no single one is enough.
+    One value, in this order: a smaller micro-batch (the largest that fits; it costs nothing but
+    time), where workers take the same memory fewer of them (the most that fit; if one kind is not
+    enough, as few as there can be of both, which are two values), half the width of the numbers, no
+    second copy of the weights for vLLM, adapters. None: none of them is enough.
     """
     images = recipe.rollout.group_size * recipe.rollout.prompts_per_step
     micro = recipe.train.micro_batch or images

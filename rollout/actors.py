@@ -62,9 +62,8 @@ class ActorPool:
         self._failed_starts: Counter[int] = Counter()  # in a row
         self._given_up: set[int] = set()
         self._starting: dict[Any, int] = {}
-        self._asked: dict[
-            int, float
-        ] = {}  # of those: who was ready, and when it was asked to say so
+        self._asked: dict[int, float] = {}
+        """Of those who was ready, and when it was asked to say that it is there."""
         self._free: list[int] = []
         self._lock = threading.RLock()
         """Held while actors come and go, for another thread may close the pool."""
